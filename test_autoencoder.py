@@ -1,0 +1,732 @@
+"""Tests of autoencoder.py: `pytest` runs them all and needs no network; MNIST is used if the data folder has it.
+
+    python test_autoencoder.py    measures the table in README.md afresh and writes it there (a quarter of an hour)
+"""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import autoencoder as ae
+
+HERE = Path(__file__).resolve().parent
+MNIST_FOLDER = HERE / "data"
+needs_mnist = pytest.mark.skipif(
+    not all((MNIST_FOLDER / "MNIST" / "raw" / name).is_file() for name in ae.MNIST_FILES),
+    reason="MNIST is not in the folder data: `python autoencoder.py` downloads it")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """A small data set: 4,000 and 500 drawn digits."""
+    return ae.Data(*ae.draw_digits(4000, 1), *ae.draw_digits(500, 2), "drawn digits, not MNIST")
+
+
+@pytest.fixture(scope="session")
+def quick(digits):
+    """An untrained small model's maker, and loaders of the small data set."""
+    return partial(ae.AutoEncoder, 784, 20, width=64, depth=2), digits
+
+
+# ---- The contract ----------------------------------------------------------------------------------------------------
+
+def published_checks(model):
+    """The checks of the task, written anew from its description, apart from those in the script."""
+    x = torch.randn(1, 784)
+    h = model.encode(x)
+    recon_x = model.decode(h)
+    assert h.dim() == 2 and h.size(1) == 20 and recon_x.dim() == 2 and recon_x.size(1) == 784
+    with_parameters = {name.rsplit(".", 1)[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(with_parameters) <= 6
+    assert all(size <= 800 for p in model.parameters() for size in p.shape)
+    for name in with_parameters:
+        assert type(dict(model.named_children())[name]) is nn.Linear
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"width": 800}, {"width": 1}, {"depth": 1}, {"depth": 2}, {"feedback": 0}, {"feedback": 3}, {"dropout": 0.5},
+    *({"loss": loss} for loss in ae.LOSSES), *({"regulariser": r, "strength": 1e-4} for r in ae.REGULARISERS)])
+def test_every_setting_keeps_the_contract(settings):
+    torch.manual_seed(0)
+    model = ae.AutoEncoder(inp_size=784, hid_size=20, **settings)
+    published_checks(model)
+    ae.check_limits(model)
+    x = torch.rand(7, 784)
+    assert model.encode(x).shape == (7, 20) and model(x).shape == (7, 784)
+    loss = model.loss_function(model(x), x)
+    assert loss.ndim == 0
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_sizes_are_free_and_positional():
+    model = ae.AutoEncoder(12, 3)
+    assert model.encode(torch.rand(5, 12)).shape == (5, 3) and model.decode(torch.rand(5, 3)).shape == (5, 12)
+
+
+@pytest.mark.parametrize("settings, named", [
+    ({"loss": "mse"}, "euclidean, squared, absolute, cross-entropy"), ({"regulariser": None}, "l1, l2, code"),
+    ({"strength": -1.0}, "0 or more"), ({"strength": float("nan")}, "finite"), ({"depth": 0}, "from 1 to 3"),
+    ({"depth": 4}, "from 1 to 3"), ({"depth": 2.0}, "whole number"), ({"width": 801}, "to 800"), ({"width": 0}, "from"),
+    ({"dropout": 1.0}, "below 1"), ({"dropout": -0.1}, "from 0"), ({"feedback": -1}, "0 or more"),
+    ({"hid_size": 0}, "1 or more")])
+def test_bad_settings_are_refused_with_what_is_allowed(settings, named):
+    with pytest.raises(ValueError, match=next(iter(settings))) as error:
+        ae.AutoEncoder(**{"inp_size": 784, "hid_size": 20} | settings)
+    assert named in str(error.value)
+
+
+def test_images_that_were_not_flattened_are_refused_with_advice():
+    with pytest.raises(ValueError, match=r"flatten"):
+        ae.AutoEncoder(784, 20).encode(torch.rand(5, 1, 28, 28))
+
+
+class Breaks(ae.AutoEncoder):
+    """A model that keeps every limit but one, which a subclass breaks."""
+
+    def __init__(self, **settings):
+        super().__init__(inp_size=784, hid_size=20, **settings)
+
+
+class DeepCode(Breaks):
+    def encode(self, x):
+        return super().encode(x).unsqueeze(1)
+
+    def decode(self, h):
+        return super().decode(h.flatten(1))
+
+
+class WideCode(Breaks):
+    def __init__(self):
+        ae.AutoEncoder.__init__(self, 784, 21)
+
+
+class DeepOutput(Breaks):
+    def decode(self, h):
+        return super().decode(h).unsqueeze(1) if h.requires_grad is False else super().decode(h)
+
+    def encode(self, x):
+        return x[:, :20]
+
+
+class ShortOutput(Breaks):
+    def decode(self, h):
+        return super().decode(h)[:, :783]
+
+    def encode(self, x):
+        return x[:, :20]
+
+
+class Seventh(Breaks):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(20, 20)
+
+
+class Wide(Breaks):
+    def __init__(self):
+        super().__init__(depth=1)
+        self.more = nn.Linear(20, 801)
+
+
+class Nested(Breaks):
+    def __init__(self):
+        super().__init__(depth=1)
+        self.more = nn.Sequential(nn.Linear(20, 20))
+
+
+class NotLinear(Breaks):
+    def __init__(self):
+        super().__init__(depth=1)
+        self.more = nn.Conv2d(1, 1, 3)
+
+
+class Bare(Breaks):
+    def __init__(self):
+        super().__init__(depth=1)
+        self.more = nn.Parameter(torch.zeros(3))
+
+
+@pytest.mark.parametrize("broken, cause", [
+    (DeepCode, "hidden representation has 3 dimensions"), (WideCode, "hidden representation has size 21"),
+    (DeepOutput, "reconstruction has 3 dimensions"), (ShortOutput, "reconstruction has size 783"),
+    (Seventh, "7 layers"), (Wide, "801"), (Nested, "more.0"), (NotLinear, "not those of an nn.Linear"),
+    (Bare, "the model itself")])
+def test_a_model_that_breaks_a_limit_is_refused(broken, cause):
+    with pytest.raises(AssertionError, match=cause):
+        ae.check_limits(broken())
+
+
+# ---- The objective ---------------------------------------------------------------------------------------------------
+
+def test_default_loss_is_the_objective_by_hand():
+    model = ae.AutoEncoder(2, 1, depth=1, strength=0.5)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), ([[3.0, -1.0]], [0.5], [[2.0], [-2.0]], [0.0, -1.5])):
+            parameter.copy_(torch.tensor(value))
+    x = torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
+    recon_x = torch.tensor([[4.0, 5.0], [0.0, 0.0], [2.0, -12.0]], requires_grad=True)
+    loss = model.loss_function(recon_x, x)
+    assert loss.item() == pytest.approx((5 + 0 + 12) + 0.5 * (3 + 1 + 0.5 + 2 + 2 + 0 + 1.5))
+    loss.backward()
+    # a unit vector along each residual, and nothing (not NaN) where the residual is zero
+    assert recon_x.grad.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0, 0], [0, -1]]
+    assert [p.grad.tolist() for p in model.parameters()] == [[[0.5, -0.5]], [0.5], [[0.5], [-0.5]], [0, -0.5]]
+
+
+def test_losses_and_regularisers_match_numpy():
+    torch.manual_seed(0)
+    x, recon_x = torch.rand(6, 30, dtype=torch.float64), torch.rand(6, 30, dtype=torch.float64)
+    a, b = x.numpy(), recon_x.numpy()
+    expected = {"euclidean": np.sqrt(((a - b) ** 2).sum(1)).sum(), "squared": ((a - b) ** 2).sum(),
+                "absolute": np.abs(a - b).sum(), "cross-entropy": -(a * np.log(b) + (1 - a) * np.log(1 - b)).sum()}
+    assert set(expected) == set(ae.LOSSES)
+    for loss, value in expected.items():
+        assert ae.AutoEncoder(30, 4, loss=loss).double().loss_function(recon_x, x).item() == pytest.approx(value)
+    for regulariser in ae.REGULARISERS:
+        model = ae.AutoEncoder(30, 4, width=8, regulariser=regulariser, strength=0.01).double()
+        theta = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
+        penalty = {"l1": np.abs(theta).sum(), "l2": (theta ** 2).sum(),
+                   "code": (model.encode(x).detach().numpy() ** 2).sum() / 2}[regulariser]
+        value = model.loss_function(recon_x, x).item()
+        assert value == pytest.approx(expected["euclidean"] + 0.01 * penalty)
+
+
+@pytest.mark.parametrize("loss", ae.LOSSES)
+def test_gradient_matches_finite_differences(loss):
+    torch.manual_seed(0)
+    model = ae.AutoEncoder(10, 3, width=6, loss=loss, strength=0.01, feedback=2).double()
+    x = torch.rand(4, 10, dtype=torch.float64)
+    model.loss_function(model(x), x).backward()
+    for parameter in model.parameters():
+        flat, index = parameter.data.view(-1), parameter.numel() // 2
+        keep, values = flat[index].item(), []
+        for step in (1e-6, -1e-6):
+            flat[index] = keep + step
+            values.append(model.loss_function(model(x), x).item())
+        flat[index] = keep
+        assert parameter.grad.view(-1)[index].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4, abs=1e-7)
+
+
+def test_batches_add_up_and_the_penalty_comes_with_each():
+    torch.manual_seed(0)
+    model, x = ae.AutoEncoder(30, 4, strength=0.1), torch.rand(10, 30)
+    penalty = 0.1 * sum(p.abs().sum().item() for p in model.parameters())
+    value = lambda x: model.loss_function(model(x), x).item()
+    assert value(x[:3]) + value(x[3:]) == pytest.approx(value(x) + penalty, rel=1e-5)
+
+
+def test_extreme_reconstructions_keep_cross_entropy_finite():
+    model = ae.AutoEncoder(4, 2, loss="cross-entropy")
+    recon_x = torch.tensor([[0.0, 1.0, 0.0, 1.0]], requires_grad=True)
+    loss = model.loss_function(recon_x, torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+    loss.backward()
+    assert loss.isfinite() and recon_x.grad.isfinite().all()
+
+
+# ---- encode, decode, forward -----------------------------------------------------------------------------------------
+
+def test_forward_decodes_what_it_encodes_one_image_at_a_time():
+    torch.manual_seed(0)
+    model, x = ae.AutoEncoder(784, 20).eval(), torch.rand(9, 784)
+    whole = model(x)
+    assert torch.equal(whole, model.decode(model.encode(x)))
+    assert torch.allclose(whole, torch.cat([model(row) for row in x.split(1)]), atol=1e-5)
+    assert (0 <= whole).all() and (whole <= 1).all()
+
+
+def test_feedback_moves_the_code_by_what_came_back_different():
+    torch.manual_seed(0)
+    model, x = ae.AutoEncoder(30, 4, width=16).eval(), torch.rand(5, 30)
+    once = ae.AutoEncoder(30, 4, width=16, feedback=0).eval()
+    once.load_state_dict(model.state_dict())
+    e = once.encode
+    h = e(x)
+    h = h + e(x) - e(model.decode(h))
+    assert torch.allclose(model.encode(x), h, atol=1e-6)
+    model.feedback = 2
+    assert torch.allclose(model.encode(x), h + e(x) - e(model.decode(h)), atol=1e-6)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model, x = ae.AutoEncoder(784, 20, dropout=0.5), torch.rand(3, 784)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("make_optimizer", [lambda p: torch.optim.Adam(p, lr=1e-3), 
+                                            lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)])
+def test_learns_in_a_foreign_training_loop(digits, make_optimizer):
+    torch.manual_seed(0)
+    model = ae.AutoEncoder(784, 20)
+    optimizer = make_optimizer(model.parameters())
+    loader = DataLoader(TensorDataset(digits.train_images, digits.train_labels), batch_size=50, shuffle=True)
+    for _ in range(5):
+        for images, _ in loader:
+            images = images.view(images.size(0), -1)
+            optimizer.zero_grad()
+            loss = model.loss_function(model(images), images)
+            loss.backward()
+            optimizer.step()
+    x = digits.test_images.flatten(1)
+    with torch.no_grad():
+        error = (model(x) - x).square().mean().item()
+    assert error < 0.8 * (x - digits.train_images.flatten(1).mean(0)).square().mean().item()
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("batch_size, drop_last", [(1, False), (37, False), (37, True), (500, False)])
+def test_train_takes_any_loader(quick, tmp_path, capsys, batch_size, drop_last):
+    make, digits = quick
+    images, labels = digits.train_images[:101], digits.train_labels[:101]
+    if batch_size > 101 and drop_last:
+        pytest.skip("no batch at all")
+    loaders = [DataLoader(TensorDataset(images, labels), batch_size, shuffle=True, drop_last=drop_last),
+               DataLoader(TensorDataset(digits.test_images[:11], digits.test_labels[:11]), batch_size=3)]
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    assert ae.train(model, optimizer, *loaders, epochs=2, pics=tmp_path) is model
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(re.fullmatch(r"epoch +\d+/2  train loss [\d.]+  test loss [\d.]+  [\d.]+ s", line)
+                                   for line in lines)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_train_runs_ten_epochs_and_shows_eight_test_images_above_their_reconstructions(quick, tmp_path, monkeypatch, capsys):
+    make, digits = quick
+    monkeypatch.chdir(tmp_path)
+    loader = DataLoader(TensorDataset(digits.test_images[:20], digits.test_labels[:20]), batch_size=5)
+    model = make()
+    ae.train(model, torch.optim.Adam(model.parameters()), loader, loader)
+    assert sorted(os.listdir("pics")) == sorted(f"reconstruction_{epoch}.png" for epoch in range(1, 11))
+    picture = np.asarray(Image.open("pics/reconstruction_10.png").convert("L"))
+    assert picture.shape == (2 * 30 + 2, 8 * 30 + 2)
+    x = digits.test_images[:8]
+    with torch.no_grad():
+        rows = x, model(x.flatten(1)).view(x.shape)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            shown = picture[2 + 30 * row:, 2 + 30 * column:][:28, :28]
+            assert np.abs(shown / 255 - image[0].numpy()).max() < 0.01
+
+
+def test_reported_losses_are_averages_per_image(quick, tmp_path, capsys):
+    make, digits = quick
+    model = make()
+    loader = DataLoader(TensorDataset(digits.test_images[:31], digits.test_labels[:31]), batch_size=7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)  # so small that every batch meets the same model
+    ae.train(model, optimizer, loader, loader, epochs=1, pics=tmp_path)
+    x = digits.test_images[:31].flatten(1)
+    expected = torch.linalg.vector_norm(model(x) - x, dim=1).mean().item()
+    train_loss, test_loss = map(float, re.findall(r"loss ([\d.]+)", capsys.readouterr().out))
+    assert train_loss == pytest.approx(expected, abs=1e-4) and test_loss == pytest.approx(expected, abs=1e-4)
+    loss, error = ae.evaluate(model, loader)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert error == pytest.approx((model(x) - x).square().mean().item(), rel=1e-5)
+
+
+def test_the_rate_follows_one_cycle(quick, tmp_path):
+    make, digits = quick
+    model, rates = make(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    loader = DataLoader(TensorDataset(digits.test_images[:100], digits.test_labels[:100]), batch_size=10)
+    ae.train(model, optimizer, loader, loader, epochs=10, pics=tmp_path)
+    assert np.allclose(rates[:21], np.linspace(0, 0.05, 21)) and np.allclose(rates[20:], np.linspace(0.05, 0, 81)[:-1])
+
+
+def test_progress_is_live_on_a_terminal_only(quick, tmp_path, monkeypatch, capsys):
+    make, digits = quick
+    model = make()
+    loader = DataLoader(TensorDataset(digits.train_images, digits.train_labels), batch_size=5)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    ae.train(model, torch.optim.Adam(model.parameters()), loader, loader, epochs=1, pics=tmp_path)
+    out = capsys.readouterr().out
+    assert re.match(r"\repoch  1/1 +\d+%  train loss [\d.]+\r", out) and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_training_and_harms_nothing(quick, tmp_path, bad):
+    make, digits = quick
+    images = digits.train_images[:100].clone()
+    images[60, 0, 3, 3] = bad
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = DataLoader(TensorDataset(images, digits.train_labels[:100]), batch_size=10)
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 7"):
+        ae.train(model, optimizer, loader, loader, pics=tmp_path)
+    assert all(p.isfinite().all() for p in model.parameters()) and optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_an_empty_loader_is_an_error_that_says_so(quick, tmp_path):
+    make, digits = quick
+    model = make()
+    full = DataLoader(TensorDataset(digits.test_images[:10], digits.test_labels[:10]), batch_size=5)
+    empty = DataLoader(TensorDataset(digits.test_images[:0], digits.test_labels[:0]), batch_size=5)
+    for loaders, which in (((empty, full), "training"), ((full, empty), "test")):
+        with pytest.raises(ValueError, match=f"{which} loader gives no images"):
+            ae.train(model, torch.optim.Adam(model.parameters()), *loaders, pics=tmp_path)
+
+
+def test_an_unwritable_picture_folder_is_refused_before_training(quick, tmp_path):
+    make, digits = quick
+    model = make()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="--pics"):
+        ae.train(model, torch.optim.Adam(model.parameters()), [], [], pics=tmp_path / "file")
+
+
+def test_same_seed_same_losses(quick, tmp_path, capsys):
+    make, digits = quick
+    runs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        model = make(dropout=0.1)
+        ae.train(model, torch.optim.Adam(model.parameters()), *ae.make_loaders(digits, seed=seed), epochs=2, pics=tmp_path)
+        runs.append((re.findall(r"loss ([\d.]+)", capsys.readouterr().out), model.state_dict()))
+    assert runs[0][0] == runs[1][0] != runs[2][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1].values(), runs[1][1].values()))
+
+
+def test_pca_error_matches_a_singular_value_decomposition(digits):
+    train, test = (images.flatten(1).double().numpy() for images in (digits.train_images[:1000], digits.test_images))
+    mean = train.mean(0)
+    directions = np.linalg.svd(train - mean, full_matrices=False)[2][:20]
+    residual = (test - mean) - (test - mean) @ directions.T @ directions
+    assert ae.pca_error(digits.train_images[:1000], digits.test_images, 20) == pytest.approx((residual ** 2).mean(), rel=1e-4)
+
+
+# ---- test_work -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_work(digits, tmp_path, monkeypatch):
+    """test_work on the small data set."""
+    monkeypatch.setattr(ae, "load_data", lambda folder, seed: digits)
+    return partial(ae.test_work, pics=tmp_path / "pics", epochs=6)
+
+
+def test_work_succeeds_and_names_its_data(small_work, capsys):
+    small_work()
+    assert capsys.readouterr().out.splitlines()[-1] == "Success!🎉 (drawn digits, not MNIST)"
+
+
+def refused(work, cause, original, capsys):
+    with pytest.raises(AssertionError, match=cause) as error:
+        work()
+    assert type(error.value.__cause__) is original
+    assert "Success" not in capsys.readouterr().out
+
+
+def test_work_refuses_a_model_that_cannot_be_made(small_work, monkeypatch, capsys):
+    def broken(**sizes):
+        raise TypeError("no such layer")
+    monkeypatch.setattr(ae, "AutoEncoder", broken)
+    refused(small_work, "error during model creation: no such layer", TypeError, capsys)
+
+
+def test_work_refuses_a_model_that_cannot_be_trained(small_work, monkeypatch, capsys):
+    monkeypatch.setattr(ae.AutoEncoder, "loss_function", lambda self, recon_x, x: [][0])
+    refused(small_work, "error during training: list index out of range", IndexError, capsys)
+
+
+def test_work_refuses_a_model_beyond_the_limits(small_work, monkeypatch, capsys):
+    monkeypatch.setattr(ae, "AutoEncoder", lambda inp_size, hid_size: Nested())
+    monkeypatch.setattr(ae, "train", lambda *_: None)
+    refused(small_work, "more.0", type(None), capsys)
+
+
+def test_work_refuses_a_model_that_does_not_learn(small_work, monkeypatch, capsys):
+    monkeypatch.setattr(ae, "train", lambda *_: None)
+    with pytest.raises(AssertionError, match="does not beat a linear code"):
+        small_work()
+    assert "Success" not in capsys.readouterr().out
+
+
+def test_work_refuses_a_model_that_is_merely_linear(small_work, monkeypatch, capsys):
+    """The best linear code itself ties with PCA: no margin is given away."""
+    error = ae.pca_error
+    monkeypatch.setattr(ae, "train", lambda *_: None)
+    monkeypatch.setattr(ae, "evaluate", lambda *_: (0.0, measured))
+    measured = error(*(ae.load_data("", 0)[i] for i in (0, 2)), 20)
+    with pytest.raises(AssertionError, match="does not beat a linear code"):
+        small_work()
+    measured *= 0.99
+    small_work()
+
+
+@needs_mnist
+def test_work_on_mnist_reaches_what_the_readme_says(tmp_path, capsys):
+    ae.test_work(data=MNIST_FOLDER, pics=tmp_path)
+    out = capsys.readouterr().out
+    error, linear = map(float, re.search(r"test images: ([\d.]+), .*: ([\d.]+)", out).groups())
+    assert error <= 0.0050 and linear == pytest.approx(0.0236, abs=0.0002)
+    assert out.splitlines()[-1] == "Success!🎉 (MNIST)" and len(os.listdir(tmp_path)) == 10
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+@needs_mnist
+def test_mnist_is_loaded_as_it_is():
+    data = ae.load_data(MNIST_FOLDER)
+    assert data.name == "MNIST" and data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
+    expected = torchvision.transforms.ToTensor()(Image.fromarray(torchvision.datasets.MNIST(MNIST_FOLDER).data[7].numpy()))
+    assert torch.equal(data.train_images[7], expected)
+    assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9] and data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert data.train_images.min() == 0 and data.train_images.max() == 1
+
+
+def test_loaders_give_each_image_once_with_its_label_in_a_new_order(digits):
+    loader, _ = ae.make_loaders(digits, batch_size=30)
+    first, second = (torch.cat(parts) for parts in zip(*loader)), (torch.cat(parts) for parts in zip(*loader))
+    (images, labels), (_, again) = first, second
+    assert isinstance(loader, DataLoader) and len(loader) == 134 and len(images) == 4000
+    assert not torch.equal(labels, again)
+    key = lambda images, labels: sorted(zip(images.sum((1, 2, 3)).tolist(), labels.tolist()))
+    assert key(images, labels) == key(digits.train_images, digits.train_labels)
+
+
+def test_drawn_digits_are_images_of_their_labels():
+    start = time.perf_counter()
+    images, labels = ae.draw_digits(7000, 5)
+    assert time.perf_counter() - start < 5
+    assert images.shape == (7000, 1, 28, 28) and images.min() == 0 and 0.9 < images.max() <= 1
+    assert 0.05 < images.mean() < 0.25 and images[:, :, 0].mean() < 0.02  # dark background, dark border
+    assert (labels.bincount(minlength=10) > 600).all()
+    again, other = ae.draw_digits(7000, 5), ae.draw_digits(7000, 6)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1]) and not torch.equal(images, other[0])
+    assert len(images.flatten(1).unique(dim=0)) == 7000
+    x, y = images[:5000].flatten(1), images[5000:].flatten(1)  # the nearest of the others shows the same digit
+    assert (labels[torch.cdist(y, x).argmin(1)] == labels[5000:]).float().mean() > 0.9
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A stand-in for MNIST's server: four small files, gzipped; `mirrors` is torchvision's list of places to ask."""
+    (tmp_path / "served").mkdir()
+    resources, hashes = [], {}
+    for name, shape in zip(ae.MNIST_FILES, ((60, 28, 28), (60,), (10, 28, 28), (10,))):
+        content = bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape)
+        content += np.random.default_rng(0).integers(0, 10, shape, np.uint8).tobytes()
+        packed = gzip.compress(content)
+        (tmp_path / "served" / f"{name}.gz").write_bytes(packed)
+        resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
+        hashes[name] = hashlib.sha256(content).hexdigest()
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=tmp_path / "served")) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(ae, "MNIST_FILES", hashes)
+        monkeypatch.setattr(ae.MNIST, "resources", resources)
+        monkeypatch.setattr(ae.MNIST, "mirrors", [f"http://127.0.0.1:{http.server_port}/"])
+        draw = ae.draw_digits
+        monkeypatch.setattr(ae, "draw_digits", lambda count, seed: draw(count // 1000, seed))
+        yield tmp_path / "served"
+        http.shutdown()
+
+
+def test_absent_data_is_downloaded_once(server, tmp_path, monkeypatch):
+    first = ae.load_data(tmp_path / "new")
+    assert first.name == "MNIST" and first.train_images.shape == (60, 1, 28, 28)
+    monkeypatch.setattr(ae.MNIST, "mirrors", [])
+    assert torch.equal(ae.load_data(tmp_path / "new").train_images, first.train_images)
+
+
+def test_a_file_that_is_missing_is_fetched(server, tmp_path):
+    ae.load_data(tmp_path / "new")
+    raw = tmp_path / "new" / "MNIST" / "raw"
+    for name in os.listdir(raw):
+        if name.startswith("t10k-labels"):
+            (raw / name).unlink()
+    assert ae.load_data(tmp_path / "new").name == "MNIST"
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content + b"\0",
+                                    lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:]])
+@pytest.mark.parametrize("name", ae.MNIST_FILES)
+def test_a_damaged_file_is_named_and_never_used(server, tmp_path, name, damage):
+    ae.load_data(tmp_path / "new")
+    path = tmp_path / "new" / "MNIST" / "raw" / name
+    content = path.read_bytes()
+    changed = damage(content) if len(content) > 500 else damage(content + bytes(600))
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=f"{name} is damaged.*[Dd]elete"):
+        ae.load_data(tmp_path / "new")
+    assert path.read_bytes() == changed
+
+
+def drawn_instead(folder, capsys):
+    data = ae.load_data(folder)
+    out = capsys.readouterr().out
+    assert data.name == "drawn digits, not MNIST" and data.train_images.shape[1:] == (1, 28, 28)
+    assert len(out.splitlines()) == 1 and "not MNIST" in out and "To get MNIST" in out
+    return out
+
+
+def test_a_download_that_arrives_damaged_is_not_used(server, tmp_path, capsys):
+    packed = server / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    drawn_instead(tmp_path / "new", capsys)
+
+
+def test_without_a_network_digits_are_drawn(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ae.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    assert "refused" in drawn_instead(tmp_path / "new", capsys)
+
+
+@pytest.mark.parametrize("trickle", [False, True])
+def test_a_network_that_hangs_does_not_hang_the_script(server, tmp_path, monkeypatch, capsys, trickle):
+    monkeypatch.setattr(ae, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(ae, "DOWNLOAD_SECONDS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        def answer():
+            try:
+                client, _ = silent.accept()
+                while trickle:
+                    client.sendall(b"x")
+                    time.sleep(0.1)
+                time.sleep(5)
+            except OSError:
+                pass
+        threading.Thread(target=answer, daemon=True).start()
+        monkeypatch.setattr(ae.MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
+        start = time.perf_counter()
+        drawn_instead(tmp_path / "new", capsys)
+        assert time.perf_counter() - start < 4
+    assert socket.getdefaulttimeout() is None
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+def command(*arguments, cwd, **environment):
+    """Start the script as a user would, where no network answers."""
+    return subprocess.Popen([sys.executable, HERE / "autoencoder.py", *arguments], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+                            env=os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
+                                              "PYTHONUTF8": "1"} | environment)
+
+
+def test_command_runs_without_data_and_without_network_on_any_console(tmp_path):
+    process = command("--epochs", "1", "--width", "32", "--depth", "2", cwd=tmp_path, PYTHONUTF8="0",
+                      PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert "not MNIST" in lines[0] and lines[1].startswith("epoch  1/1") and lines[-1] == "Success! (drawn digits, not MNIST)"
+    assert "\r" not in out and (tmp_path / "pics" / "reconstruction_1.png").is_file()
+
+
+def test_help_explains_every_option(tmp_path):
+    process = command("--help", cwd=tmp_path)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and not os.listdir(tmp_path)
+    for option in "data pics epochs seed device lr loss regulariser strength depth width dropout feedback".split():
+        assert re.search(rf"--{option} .*\n?.*[a-z]{{3}}", out), option
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--epochs", "0"], "1 or more"), (["--width", "900"], "from 1 to 800"), (["--loss", "mse"], "euclidean"),
+    (["--device", "abacus"], "abacus"), (["--lr", "-1"], "lr must be"), (["--pics", "{file}"], "--pics"),
+    (["--data", "{file}"], "--data")])
+def test_bad_input_is_refused_in_one_line(tmp_path, arguments, message):
+    (tmp_path / "file").write_text("in the way")
+    process = command(*(a.format(file=tmp_path / "file") for a in arguments), cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and message in err.splitlines()[-1] and "Traceback" not in err and not out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_interrupt_ends_quietly(tmp_path):
+    process = command("--width", "32", cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.strip() == "stopped"
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = "import torch; s = torch.get_rng_state(); import autoencoder; assert torch.equal(s, torch.get_rng_state())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout + done.stderr and not os.listdir(tmp_path)
+
+
+# ---- The table in README.md ------------------------------------------------------------------------------------------
+
+def plain_recipe(seed, sizes=(784, 529, 274, 20)):
+    """The yardstick: ReLU layers, a loader that transforms image by image, Adam at a constant rate. Returns its error."""
+    torch.manual_seed(seed)
+    layers = []
+    for a, b in zip((*sizes, *sizes[-2::-1]), (*sizes[1:], *sizes[-2::-1])):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    layers[2 * len(sizes) - 3], layers[-1] = nn.Identity(), nn.Sigmoid()
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    train_loader, test_loader = (
+        DataLoader(torchvision.datasets.MNIST(MNIST_FOLDER, train, transform=torchvision.transforms.ToTensor()),
+                   batch_size=50, shuffle=True) for train in (True, False))
+    for _ in range(10):
+        for images, _ in train_loader:
+            x = images.view(-1, 784)
+            optimizer.zero_grad()
+            torch.linalg.vector_norm(model(x) - x, dim=1).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        return np.mean([(model(x.view(-1, 784)) - x.view(-1, 784)).square().mean().item() for x, _ in test_loader])
+
+
+def measure_readme(seeds=(0, 1, 2)):
+    """Run the script and the plain recipe in turn, each as a process of its own, and write the table into README.md."""
+    recipes = {"`python autoencoder.py`": [HERE / "autoencoder.py", "--data", MNIST_FOLDER, "--seed"],
+               "the same without feedback": [HERE / "autoencoder.py", "--data", MNIST_FOLDER, "--feedback", "0", "--seed"],
+               "the plain recipe": [HERE / "test_autoencoder.py", "plain"]}
+    errors, times = {name: [] for name in recipes}, {name: [] for name in recipes}
+    for seed in seeds:
+        for name, arguments in recipes.items():
+            start = time.perf_counter()
+            out = subprocess.run([sys.executable, *arguments, str(seed)], capture_output=True, text=True, check=True).stdout
+            times[name].append(time.perf_counter() - start)
+            errors[name].append(float(re.search(r"on the test images: ([\d.]+)", out)[1]))
+            print(f"{name}, seed {seed}: {errors[name][-1]:.5f}, {times[name][-1]:.0f} s", flush=True)
+    mean = lambda values: f"{np.mean(values):.5f} ± {np.std(values, ddof=1):.5f}"
+    plain_error, plain_time = np.mean(errors["the plain recipe"]), np.mean(times["the plain recipe"])
+    rows = ["| | squared error per pixel, test | of the plain recipe's | seconds, start to end | of the plain recipe's |",
+            "|---|---|---|---|---|"]
+    rows += [f"| {name} | {mean(errors[name])} | {np.mean(errors[name]) / plain_error:.2f} | {np.mean(times[name]):.0f} "
+             f"({min(times[name]):.0f} to {max(times[name]):.0f}) | {np.mean(times[name]) / plain_time:.2f} |" for name in recipes]
+    readme = HERE / "README.md"
+    text, count = re.subn(r"(<!-- measured -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n".join(rows) + "\n" + m[2],
+                          readme.read_text(encoding="utf-8"), flags=re.S)
+    assert count == 1, "README.md has lost the marks around its table"
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["plain"]:
+        print(f"on the test images: {plain_recipe(int(sys.argv[2])):.5f}")
+    else:
+        measure_readme()
