@@ -1,17 +1,24 @@
 """Tests of autoencoder.py: `pytest` runs them all and needs no network; MNIST is used if the data folder has it.
 
-    python test_autoencoder.py    measures the table in README.md afresh and writes it there (a quarter of an hour)
+    python test_autoencoder.py              measures the tables in README.md afresh and writes them there
+    python test_autoencoder.py densities    only that one; the others are yardstick, halving and workers
 """
 
+import base64
 import gzip
 import hashlib
+import inspect
 import io
+import json
+import math
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from functools import partial
@@ -79,7 +86,7 @@ def test_every_setting_keeps_the_contract(settings):
 
 
 def test_sizes_are_free_and_positional():
-    model = ae.AutoEncoder(12, 3)
+    model = ae.AutoEncoder(np.int64(12), 3)
     assert model.encode(torch.rand(5, 12)).shape == (5, 3) and model.decode(torch.rand(5, 3)).shape == (5, 12)
 
 
@@ -87,7 +94,7 @@ def test_sizes_are_free_and_positional():
     ({"loss": "mse"}, "euclidean, squared, absolute, cross-entropy"), ({"regulariser": None}, "l1, l2, code"),
     ({"strength": -1.0}, "0 or more"), ({"strength": float("nan")}, "finite"), ({"depth": 0}, "from 1 to 3"),
     ({"depth": 4}, "from 1 to 3"), ({"depth": 2.0}, "whole number"), ({"width": 801}, "to 800"), ({"width": 0}, "from"),
-    ({"dropout": 1.0}, "below 1"), ({"dropout": -0.1}, "from 0"), ({"feedback": -1}, "0 or more"),
+    ({"dropout": 1.0}, "below 1"), ({"strength": "1"}, "finite"), ({"loss": ["euclidean"]}, "euclidean"), ({"dropout": -0.1}, "from 0"), ({"feedback": -1}, "0 or more"),
     ({"hid_size": 0}, "1 or more")])
 def test_bad_settings_are_refused_with_what_is_allowed(settings, named):
     with pytest.raises(ValueError, match=next(iter(settings))) as error:
@@ -315,6 +322,18 @@ def test_train_takes_any_loader(quick, tmp_path, capsys, batch_size, drop_last):
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
+def test_train_takes_a_loader_over_a_stream(quick, tmp_path, capsys):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return zip(digits.train_images[:1000], digits.train_labels[:1000])
+    make, digits = quick
+    torch.manual_seed(0)
+    model = make()
+    ae.train(model, torch.optim.Adam(model.parameters()), DataLoader(Stream(), 50), DataLoader(Stream(), 50), 4, tmp_path)
+    losses = [float(loss) for loss in re.findall(r"test loss ([\d.]+)", capsys.readouterr().out)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
+
+
 def test_train_runs_ten_epochs_and_shows_eight_test_images_above_their_reconstructions(quick, tmp_path, monkeypatch, capsys):
     make, digits = quick
     monkeypatch.chdir(tmp_path)
@@ -376,7 +395,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_harms_nothing(quick, tmp_p
     model = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     loader = DataLoader(TensorDataset(images, digits.train_labels[:100]), batch_size=10)
-    with pytest.raises(FloatingPointError, match="epoch 1, batch 7"):
+    with pytest.raises(FloatingPointError, match="epoch  1/10, batch 7"):
         ae.train(model, optimizer, loader, loader, pics=tmp_path)
     assert all(p.isfinite().all() for p in model.parameters()) and optimizer.param_groups[0]["lr"] == 1e-3
 
@@ -483,7 +502,7 @@ def test_work_on_mnist_reaches_what_the_readme_says(tmp_path, capsys):
     out = capsys.readouterr().out
     error, linear = map(float, re.search(r"test images: ([\d.]+), .*: ([\d.]+)", out).groups())
     assert error <= 0.0050 and linear == pytest.approx(0.0236, abs=0.0002)
-    assert out.splitlines()[-1] == "Success!🎉 (MNIST)" and len(os.listdir(tmp_path)) == 10
+    assert out.splitlines()[-1] == "Success!🎉 (MNIST)" and len(os.listdir(tmp_path)) == 11
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -642,14 +661,15 @@ def test_help_explains_every_option(tmp_path):
     process = command("--help", cwd=tmp_path)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and not os.listdir(tmp_path)
-    for option in "data pics epochs seed device lr loss regulariser strength depth width dropout feedback".split():
+    for option in "data epochs seed device pics lr loss regulariser strength depth width dropout feedback out trials workers".split():
         assert re.search(rf"--{option} .*\n?.*[a-z]{{3}}", out), option
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--epochs", "0"], "1 or more"), (["--width", "900"], "from 1 to 800"), (["--loss", "mse"], "euclidean"),
     (["--device", "abacus"], "abacus"), (["--lr", "-1"], "lr must be"), (["--pics", "{file}"], "--pics"),
-    (["--data", "{file}"], "--data")])
+    (["--data", "{file}"], "--data"), (["search", "--width", "9"], "--width does not go with search"),
+    (["--trials", "9"], "--trials does not go with train"), (["search", "--out", "{file}"], "--out")])
 def test_bad_input_is_refused_in_one_line(tmp_path, arguments, message):
     (tmp_path / "file").write_text("in the way")
     process = command(*(a.format(file=tmp_path / "file") for a in arguments), cwd=tmp_path)
@@ -668,6 +688,19 @@ def test_interrupt_ends_quietly(tmp_path):
     assert process.returncode == 130 and err.strip() == "stopped"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_interrupting_a_search_of_two_workers_leaves_its_trials_and_no_process(tmp_path):
+    process = command("search", "--workers", "2", cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("rung 1"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.rstrip().endswith("stopped")
+    assert journal(tmp_path / "search")
+    assert not subprocess.run(["pgrep", "-f", f"{HERE / 'autoencoder.py'} search"], capture_output=True, text=True).stdout
+
+
 def test_import_has_no_side_effects(tmp_path):
     code = "import torch; s = torch.get_rng_state(); import autoencoder; assert torch.equal(s, torch.get_rng_state())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)},
@@ -675,7 +708,314 @@ def test_import_has_no_side_effects(tmp_path):
     assert done.returncode == 0 and not done.stdout + done.stderr and not os.listdir(tmp_path)
 
 
-# ---- The table in README.md ------------------------------------------------------------------------------------------
+# ---- Generation and measurement --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("members", ["one", "classes"])
+def test_density_has_the_moments_of_each_group(members):
+    torch.manual_seed(0)
+    codes, groups = torch.randn(300, 3).double() @ torch.randn(3, 3).double() + 1, torch.randint(3, (300,))
+    if members == "one":
+        groups = torch.zeros(300, dtype=torch.long)
+    density = ae.fit_density(codes, nn.functional.one_hot(groups))
+    for k in range(int(groups.max()) + 1):
+        part = codes[groups == k].numpy()
+        assert density.weights[k].item() == pytest.approx(len(part) / 300, rel=1e-4)
+        assert np.allclose(density.means[k], part.mean(0), atol=1e-5)
+        assert np.allclose(density.factors[k] @ density.factors[k].T, np.cov(part.T, bias=True), rtol=0.01, atol=0.01)
+
+
+def test_em_climbs_and_finds_the_clusters():
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
+    codes = torch.cat([centres[k] + torch.randn(n, 2) * (1 + k) for k, n in enumerate((500, 300, 200))])
+
+    def likelihood(density):
+        parts = [torch.distributions.MultivariateNormal(m.double(), scale_tril=f.double()).log_prob(codes.double())
+                 for m, f in zip(density.means, density.factors)]
+        return (torch.stack(parts, 1) + density.weights.double().log()).logsumexp(1).mean().item()
+    start = nn.functional.one_hot(torch.cdist(codes, codes[[0, 1, 999]]).argmin(1))
+    values = [likelihood(ae.fit_density(codes, start, steps)) for steps in (0, 1, 2, 5, 20)]
+    assert values == sorted(values) and values[-1] > values[0] + 0.1
+    density = ae.fit_density(codes, nn.functional.one_hot(torch.cdist(codes, centres).argmin(1)), steps=30)
+    assert torch.allclose(density.weights, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
+    assert torch.allclose(density.means, centres, atol=0.6)
+
+
+def test_generated_codes_follow_the_density():
+    class Identity(nn.Module):
+        def decode(self, h):
+            return h
+    factor = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+    density = ae.Density(torch.tensor([0.25, 0.75]), torch.tensor([[9.0, 0.0], [-9.0, 1.0]]), torch.stack([factor, torch.eye(2)]))
+    codes = ae.generate(Identity(), density, 40_000, seed=1)
+    first = codes[:, 0] > 0
+    assert first.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    for k, covariance in ((0, factor @ factor.T), (1, torch.eye(2))):
+        part = codes[first == (k == 0)]
+        assert torch.allclose(part.mean(0), density.means[k], atol=0.06)
+        assert torch.allclose(torch.cov(part.T), covariance, atol=0.15)
+    assert torch.equal(codes, ae.generate(Identity(), density, 40_000, seed=1))
+    assert not torch.equal(codes, ae.generate(Identity(), density, 40_000, seed=2))
+
+
+def test_codes_that_do_not_vary_can_be_sampled():
+    density = ae.fit_density(torch.zeros(20, 4), torch.ones(20, 2) / 2, steps=3)
+    assert all(part.isfinite().all() for part in density)
+
+
+def test_frechet_distance_matches_known_values():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(400, 5)), rng.normal(size=(300, 5)) @ rng.normal(size=(5, 5)) + 1
+    product = np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T))  # not symmetric: another way than the script's
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T)) - 2 * np.sqrt(product.real).sum()
+    distance = lambda a, b: ae.frechet_distance(torch.tensor(a), torch.tensor(b))
+    assert distance(a, b) == pytest.approx(expected) == pytest.approx(distance(b, a))
+    assert distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert distance(a, a + [3, 0, 4, 0, 0]) == pytest.approx(25)  # a shift costs its square
+    assert distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * np.trace(np.cov(a.T)))  # (3 − 1)² tr C
+
+
+def test_kernel_distance_matches_a_loop_and_is_unbiased():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(12, 3)), rng.normal(size=(12, 3)) + 0.5
+    k = lambda x, y: (x @ y / 3 + 1) ** 3
+    values = []
+    for x, y in ((a[:6], b[:6]), (a[6:], b[6:])):
+        within = [np.mean([k(u[i], u[j]) for i in range(6) for j in range(6) if i != j]) for u in (x, y)]
+        values.append(sum(within) - 2 * np.mean([k(u, v) for u in x for v in y]))
+    mean, error = ae.kernel_distance(torch.tensor(a), torch.tensor(b), blocks=2)
+    assert mean == pytest.approx(np.mean(values)) and error == pytest.approx(np.std(values, ddof=1) / 2 ** 0.5)
+    same = [ae.kernel_distance(torch.randn(100, 3), torch.randn(100, 3))[0] for _ in range(200)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 200 ** 0.5 and min(same) < 0 < max(same)
+
+
+def test_coverage_and_nearness_have_their_known_values():
+    labels = torch.arange(1000) % 10
+    assert ae.class_coverage(labels, labels) == pytest.approx(1)
+    assert ae.class_coverage(labels[labels != 4], labels) == pytest.approx(0.9)
+    assert ae.class_coverage(torch.zeros(50, dtype=torch.long), labels) == pytest.approx(0.1)
+    torch.manual_seed(0)
+    train, held_out = torch.rand(200, 5), torch.rand(100, 5)
+    assert ae.nearness(train[:50], held_out, train) == pytest.approx(0, abs=1e-3)
+    assert ae.nearness(held_out, held_out, train) == pytest.approx(1)
+    assert ae.nearness(held_out + 10, held_out, train) > 10
+
+
+@pytest.fixture(scope="session")
+def judged():
+    """A reference of 2,000 held-out digits, its feature network trained on other 3,000, and 2,000 more with labels."""
+    images, labels = ae.draw_digits(9000, 3)
+    x = images.flatten(1)
+    features = ae.train_features(x[:3000], labels[:3000], epochs=8)
+    return ae.Reference(features, x[3000:5000], x[5000:7000]), x[7000:], labels[7000:]
+
+
+def test_features_tell_the_digits_apart(judged):
+    reference, images, labels = judged
+    assert (reference.features(images).argmax(1) == labels).float().mean() > 0.9
+    assert reference.features.hidden(images).shape == (2000, 64)
+
+
+def test_distances_grow_with_damage(judged):
+    reference, images, labels = judged
+    torch.manual_seed(0)
+    noise = torch.randn_like(images)
+
+    def blurred(times):
+        x = images.view(-1, 1, 28, 28)
+        for _ in range(times):
+            x = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+        return x.flatten(1)
+
+    def dropped(count):  # the images of the first `count` classes give way to others
+        rest = images[labels >= count]
+        return rest[torch.arange(2000) % len(rest)]
+    for damage, levels in ((blurred, (0, 1, 2, 4)), (dropped, (0, 2, 4, 7)),
+                           (lambda scale: (images + scale * noise).clamp(0, 1), (0, 0.1, 0.2, 0.4))):
+        measured = [reference.measure(damage(level)) for level in levels]
+        for key in ("frechet", "kernel"):
+            values = [m[key] for m in measured]
+            assert values == sorted(values) and values[-1] > 3 * abs(values[0]), (key, values)
+        if damage is dropped:
+            assert [m["coverage"] for m in measured] == sorted((m["coverage"] for m in measured), reverse=True)
+
+
+def test_floor_and_ceiling_enclose(judged):
+    reference, images, _ = judged
+    real, floor, ceiling = reference.measure(images), reference.floor(), reference.ceiling()
+    assert real["frechet"] < ceiling["frechet"] and floor["frechet"] < ceiling["frechet"]
+    assert floor["nearness"] < 0.01 and 0.8 < real["nearness"] < 1.2 and real["coverage"] > 0.85
+
+
+# ---- The search ------------------------------------------------------------------------------------------------------
+
+def run_search(digits, folder, monkeypatch, **options):
+    monkeypatch.setattr(ae, "load_data", lambda folder, seed: digits)
+    threads = torch.get_num_threads()
+    try:
+        return ae.search(**{"out": folder, "epochs": 0.9, "trials": 9, "device": "cpu"} | options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def pretend(settings, seed, epochs, splits, reference):
+    """A stand-in for run_trial, where only the bookkeeping is under test."""
+    picture = io.BytesIO()
+    Image.new("L", (560, 28)).save(picture, "PNG")
+    return {"frechet": settings["width"] / epochs + seed % 7, "kernel": 0.0, "kernel_error": 0.0, "coverage": 1.0, "nearness": 1.0,
+            "mse": settings["lr"], "seconds": 0.0, "digits": base64.b64encode(picture.getvalue()).decode()}
+
+
+def journal(folder):
+    return [json.loads(line) for line in (Path(folder) / "trials.jsonl").read_text().splitlines()]
+
+
+def test_splits_are_disjoint(digits):
+    marked = digits._replace(train_images=torch.arange(4000).float().view(4000, 1, 1, 1))
+    splits = ae.Splits(marked)
+    parts = [splits.train, splits.features, splits.choice, splits.confirmation]
+    assert [len(images) for images, _ in parts] == [2668, 666, 333, 333]
+    numbers = torch.cat([images for images, _ in parts]).flatten().long()
+    assert sorted(numbers.tolist()) == list(range(4000))
+    assert torch.equal(torch.cat([labels for _, labels in parts]), digits.train_labels[numbers])
+
+
+def test_drawn_settings_are_valid_varied_and_repeatable():
+    drawn = [ae.draw_settings(trial, 3) for trial in range(60)]
+    assert drawn == [ae.draw_settings(trial, 3) for trial in range(60)] != [ae.draw_settings(trial, 4) for trial in range(60)]
+    parameters = inspect.signature(ae.AutoEncoder).parameters
+    assert drawn[0] == {name: parameters[name].default for name in ae.MODEL_SPACE if name != "lr"} | {"lr": 1e-3}
+    for settings in drawn:
+        ae.check_limits(ae.make_model(settings))
+    for name in ("loss", "regulariser", "depth", "feedback"):
+        assert len({settings[name] for settings in drawn}) == {"loss": 4, "regulariser": 3, "depth": 3, "feedback": 2}[name]
+
+
+def test_simplest_within_one_standard_error_is_chosen():
+    scores = {"best": [1.0, 1.2, 1.1], "close": [1.12, 1.15, 1.14], "far": [2.0, 2.1, 2.2]}
+    assert ae.choose_simplest(scores, {"best": 3, "close": 2, "far": 1}) == "close"
+    assert ae.choose_simplest(scores, {"best": 2, "close": 3, "far": 1}) == "best"
+    assert ae.choose_simplest({"a": [1.0]}, {"a": 1}) == "a"
+
+
+def test_missing_classes_copies_and_divergence_rank_last():
+    good = {"coverage": 0.95, "nearness": 1.0, "frechet": 9.0}
+    records = [good, good | {"coverage": 0.5, "frechet": 1.0}, good | {"nearness": 0.01, "frechet": 0.0},
+               good | {"frechet": float("inf"), "coverage": 0.0}]
+    assert min(records, key=ae.rank_key) is good and sorted(records, key=ae.rank_key)[-1] is records[-1]
+
+
+def test_a_setting_that_diverges_is_recorded_not_raised(judged, digits):
+    splits = ae.Splits(digits)  # Adam's step is its rate, so that a huge one makes the parameters overflow
+    record = ae.run_trial({"lr": 1e30}, 0, 0.2, splits, judged[0])
+    assert record["frechet"] == float("inf") and record["digits"]
+
+
+def test_search_halves_confirms_and_ends_with_a_command_that_works(digits, tmp_path, monkeypatch, capsys):
+    winner = run_search(digits, tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    records = journal(tmp_path)
+    assert [sum(r["job"].startswith(stage) for r in records) for stage in ("rung 1", "confirm", "test")] == [9, 9, 9]
+    rung = sorted((r for r in records if r["job"].startswith("rung 1")), key=ae.rank_key)
+    confirmed = {int(r["job"].split()[2]) for r in records if r["job"].startswith("confirm")}
+    assert confirmed == {int(r["job"].split()[3]) for r in rung[:3]}
+    assert {r["split"] for r in records} == {"choice", "confirmation", "test"}
+    assert len({(r["seed"], r["job"].split()[0]) for r in records}) == 7  # one seed, then three fresh ones, and three more
+    assert winner in [ae.draw_settings(trial) for trial in confirmed]
+    assert Image.open(tmp_path / "contact_sheet.png").size == (64 + 20 * 28, 9 * 30)
+    for label in ("real images", "winner", "default", "784-400-20", "PCA-Gaussian"):
+        assert re.search(rf"^{label} +[\d.]+", out, re.M)
+    arguments = out.splitlines()[-1].split("autoencoder.py ")[1].split()
+    chosen = dict(zip(arguments[::2], arguments[1::2]))
+    assert {name: str(value) for name, value in winner.items()} == {name[2:]: value for name, value in chosen.items()}
+    assert re.search(r"about \d+ s left", out)
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(digits, tmp_path, monkeypatch):
+    runs = []
+
+    def interrupted(settings, *rest):
+        runs.append(settings)
+        if len(runs) == 5:
+            raise KeyboardInterrupt
+        return pretend(settings, *rest)
+    monkeypatch.setattr(ae, "run_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(digits, tmp_path / "a", monkeypatch)
+    before = journal(tmp_path / "a")
+    assert len(before) == 4
+    with open(tmp_path / "a" / "trials.jsonl", "a") as file:
+        file.write(json.dumps(before[0] | {"search": "another", "job": "rung 1 trial 8 seed 0", "frechet": -1.0}) + "\n")
+        file.write('{"search": "damaged')
+    winner = run_search(digits, tmp_path / "a", monkeypatch)
+    lines = (tmp_path / "a" / "trials.jsonl").read_text().splitlines()
+    assert lines[:4] == [json.dumps(record) for record in before] and lines[5] == '{"search": "damaged'
+    jobs = [json.loads(line)["job"] for i, line in enumerate(lines) if i not in (4, 5)]
+    assert len(jobs) == len(set(jobs)) == 27 and len(runs) == 1 + 27
+    assert run_search(digits, tmp_path / "a", monkeypatch) == winner and len(runs) == 1 + 27  # nothing is left to do
+    monkeypatch.setattr(ae, "run_trial", pretend)
+    assert run_search(digits, tmp_path / "b", monkeypatch) == winner
+    strip = lambda folder: {r["job"]: r["frechet"] for r in journal(folder)}
+    (tmp_path / "a" / "trials.jsonl").write_text("\n".join(line for i, line in enumerate(lines) if i not in (4, 5)))
+    assert strip(tmp_path / "a") == strip(tmp_path / "b")
+
+
+def test_trials_of_another_search_are_not_mixed_in(digits, tmp_path, monkeypatch):
+    searches = [{"trials": 3, "epochs": 0.1}, {"trials": 3, "epochs": 0.2}, {"trials": 3, "epochs": 0.1, "seed": 7},
+                {"trials": 4, "epochs": 0.1}]
+    monkeypatch.setattr(ae, "run_trial", pretend)
+    for options in searches:
+        run_search(digits, tmp_path, monkeypatch, **options)
+    monkeypatch.setattr(ae.torch, "__version__", "another")
+    run_search(digits, tmp_path, monkeypatch, **searches[0])
+    records = journal(tmp_path)
+    assert len({r["search"] for r in records}) == 5 and len(records) == 3 * 21 + 22 + 21
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import autoencoder as ae
+data = ae.Data(*ae.draw_digits(4000, 1), *ae.draw_digits(500, 2), "drawn digits, not MNIST")
+ae.load_data = lambda folder, seed: data
+print("chosen", ae.search(out=sys.argv[2], epochs=0.9, trials=9, device="cpu"), flush=True)
+"""
+
+
+def start_workers(folder, count):
+    (folder / "worker.py").write_text(WORKER)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                             folder / "worker.py", HERE, folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def test_two_workers_share_the_trials_and_choose_what_one_chooses(digits, tmp_path, monkeypatch):
+    (tmp_path / "two").mkdir()
+    out, err = start_workers(tmp_path / "two", 2).communicate(timeout=300)
+    winner = run_search(digits, tmp_path / "one", monkeypatch)
+    assert re.findall("^chosen (.*)$", out, re.M) == [str(winner)] * 2, err
+    values = [sorted((r["job"], r["frechet"], r["mse"]) for r in journal(tmp_path / folder)) for folder in ("one", "two")]
+    assert values[0] == values[1] and len(values[0]) == 27
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_a_worker_that_dies_loses_no_finished_trial(digits, tmp_path, monkeypatch):
+    process = start_workers(tmp_path, 2)
+    for line in process.stdout:
+        if line.startswith("rung"):
+            break
+    for child in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[:1]:
+        os.kill(int(child), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    finished = journal(tmp_path)
+    assert finished
+    run_search(digits, tmp_path, monkeypatch)
+    records = journal(tmp_path)
+    assert records[:len(finished)] == finished and len({r["job"] for r in records}) == len(records) == 27
+
+
+# ---- The tables in README.md -----------------------------------------------------------------------------------------
 
 def plain_recipe(seed, sizes=(784, 529, 274, 20)):
     """The yardstick: ReLU layers, a loader that transforms image by image, Adam at a constant rate. Returns its error."""
@@ -699,8 +1039,8 @@ def plain_recipe(seed, sizes=(784, 529, 274, 20)):
         return np.mean([(model(x.view(-1, 784)) - x.view(-1, 784)).square().mean().item() for x, _ in test_loader])
 
 
-def measure_readme(seeds=(0, 1, 2)):
-    """Run the script and the plain recipe in turn, each as a process of its own, and write the table into README.md."""
+def yardstick(seeds=(0, 1, 2)):
+    """The script and the plain recipe in turn, each as a process of its own."""
     recipes = {"`python autoencoder.py`": [HERE / "autoencoder.py", "--data", MNIST_FOLDER, "--seed"],
                "the same without feedback": [HERE / "autoencoder.py", "--data", MNIST_FOLDER, "--feedback", "0", "--seed"],
                "the plain recipe": [HERE / "test_autoencoder.py", "plain"]}
@@ -712,21 +1052,116 @@ def measure_readme(seeds=(0, 1, 2)):
             times[name].append(time.perf_counter() - start)
             errors[name].append(float(re.search(r"on the test images: ([\d.]+)", out)[1]))
             print(f"{name}, seed {seed}: {errors[name][-1]:.5f}, {times[name][-1]:.0f} s", flush=True)
-    mean = lambda values: f"{np.mean(values):.5f} ± {np.std(values, ddof=1):.5f}"
     plain_error, plain_time = np.mean(errors["the plain recipe"]), np.mean(times["the plain recipe"])
-    rows = ["| | squared error per pixel, test | of the plain recipe's | seconds, start to end | of the plain recipe's |",
-            "|---|---|---|---|---|"]
-    rows += [f"| {name} | {mean(errors[name])} | {np.mean(errors[name]) / plain_error:.2f} | {np.mean(times[name]):.0f} "
-             f"({min(times[name]):.0f} to {max(times[name]):.0f}) | {np.mean(times[name]) / plain_time:.2f} |" for name in recipes]
+    return ["| | squared error per pixel, test | of the plain recipe's | seconds, start to end | of the plain recipe's |",
+            "|---|---|---|---|---|"] + [
+        f"| {name} | {mean_sd(errors[name], 5)} | {np.mean(errors[name]) / plain_error:.2f} | {np.mean(times[name]):.0f} "
+        f"({min(times[name]):.0f} to {max(times[name]):.0f}) | {np.mean(times[name]) / plain_time:.2f} |" for name in recipes]
+
+
+def mean_sd(values, digits=3):
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def densities(seeds=(0, 1, 2), epochs=3.0):
+    """The choice of the density over codes: Fréchet distances of the default autoencoder's digits to the choice split."""
+    splits = ae.Splits(ae.load_data(MNIST_FOLDER))
+    reference = ae.Reference(ae.train_features(*splits.features), splits.choice[0], splits.train[0])
+    images, labels = splits.train
+    one_hot = nn.functional.one_hot(labels[:10_000])
+    fits = {"one Gaussian": lambda m, codes: ae.fit_density(codes, torch.ones(len(codes), 1)),
+            "one per class, with labels": lambda m, codes: ae.fit_density(codes, one_hot),
+            **{f"mixture of {k}": lambda m, codes, k=k: ae.fit_generator(m, images, k) for k in (10, 30, 100, 300)}}
+    measured = {name: [] for name in fits}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = ae.make_model(ae.DEFAULT)
+        sampler = torch.utils.data.RandomSampler(images, num_samples=round(epochs * len(images)))
+        ae.train_pass(model, torch.optim.Adam(model.parameters(), lr=1e-3, fused=True),
+                      DataLoader(ae.Batches(images, labels), 50, sampler=sampler, collate_fn=lambda batch: batch))
+        with torch.no_grad():
+            codes = model.encode(images[:10_000])
+        for name, fit in fits.items():
+            measured[name].append(reference.measure(ae.generate(model, fit(model, codes), len(reference.images), seed)))
+    rows = {"real images (floor)": [reference.measure(splits.confirmation[0])], **measured, "PCA-Gaussian (ceiling)": [reference.ceiling()]}
+    value = lambda records, key, digits: (mean_sd([r[key] for r in records], digits) if len(records) > 1
+                                          else f"{records[0][key]:.{digits}f}")
+    return ["| density | Fréchet | kernel | coverage | nearness |", "|---|---|---|---|---|"] + [
+        f"| {name} | {value(records, 'frechet', 3)} | {value(records, 'kernel', 4)} | {value(records, 'coverage', 2)} | "
+        f"{value(records, 'nearness', 2)} |" for name, records in rows.items()]
+
+
+def measure_one(job):
+    """One setting of the search, trained and measured as there, in a process that keeps the data for the next."""
+    settings, seed, epochs, split = job
+    if not KEPT:
+        torch.set_num_threads(1)
+        splits = ae.Splits(ae.load_data(MNIST_FOLDER))
+        KEPT.extend((splits, ae.train_features(*splits.features)))
+    splits, features = KEPT
+    return ae.run_trial(settings, seed, epochs, splits, ae.Reference(features, getattr(splits, split)[0], splits.train[0]))
+
+
+KEPT = []
+
+
+def halving(pools=(0, 1), trials=27):
+    """Successive halving against random search with the same training, both judged on the confirmation split.
+
+    Halving spends 27 / 3 + 9 = 18 epochs; random search spends them on six trainings of three epochs and takes the best on
+    the choice split, averaged over all sets of six. The judgement is of other trainings, with a fresh seed.
+    """
+    rows = ["| pool | halving's choice | random search's | the pool's best | median | rank correlation of 1/3 and 3 epochs | "
+            "of error and Fréchet | place of the lowest error |", "|---|---|---|---|---|---|---|---|"]
+    rank = lambda values: np.argsort(np.argsort(values))
+    with multiprocessing.get_context("spawn").Pool(2) as workers:
+        for pool in pools:
+            drawn = [ae.draw_settings(trial, pool) for trial in range(1, trials + 1)]
+            run = lambda picked, epochs, seed, split: workers.map(
+                measure_one, [(drawn[i], seed, epochs, split) for i in picked], chunksize=1)
+            short = run(range(trials), 1 / 3, pool, "choice")
+            kept = sorted(range(trials), key=lambda i: ae.rank_key(short[i]))[:9]
+            chosen = min(zip(kept, run(kept, 1, pool, "choice")), key=lambda pair: ae.rank_key(pair[1]))[0]
+            full = run(range(trials), 3, pool + 100, "choice")
+            judged = [record["frechet"] for record in run(range(trials), 3, pool + 200, "confirmation")]
+            order = sorted(range(trials), key=lambda i: ae.rank_key(full[i]))
+            chance = [math.comb(trials - 1 - place, 5) / math.comb(trials, 6) for place in range(trials)]  # best of six
+            frechet, error = [r["frechet"] for r in full], [r["mse"] for r in full]
+            rows.append(f"| {pool} | {judged[chosen]:.3f} | {sum(c * judged[i] for c, i in zip(chance, order)):.3f} | "
+                        f"{min(judged):.3f} | {np.median(judged):.3f} | "
+                        f"{np.corrcoef(rank([r['frechet'] for r in short]), rank(frechet))[0, 1]:.2f} | "
+                        f"{np.corrcoef(rank(error), rank(frechet))[0, 1]:.2f} | {order.index(int(np.argmin(error))) + 1} of {trials} |")
+    return rows
+
+
+def workers(epochs=1):
+    """The time of a whole search with one worker and with two, a core each."""
+    times = []
+    for count in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            subprocess.run([sys.executable, HERE / "autoencoder.py", "search", "--data", MNIST_FOLDER, "--epochs", str(epochs),
+                            "--workers", str(count), "--out", folder], check=True, capture_output=True)
+            times.append(time.perf_counter() - start)
+    return ["| one worker, s | two workers, s | ratio |", "|---|---|---|",
+            f"| {times[0]:.0f} | {times[1]:.0f} | {times[0] / times[1]:.2f} |"]
+
+
+def measure(names):
+    """Measure the named tables afresh and write them into README.md, between their marks."""
+    tables = {"yardstick": yardstick, "densities": densities, "halving": halving, "workers": workers}
     readme = HERE / "README.md"
-    text, count = re.subn(r"(<!-- measured -->\n).*?(<!-- end -->)", lambda m: m[1] + "\n".join(rows) + "\n" + m[2],
-                          readme.read_text(encoding="utf-8"), flags=re.S)
-    assert count == 1, "README.md has lost the marks around its table"
-    readme.write_text(text, encoding="utf-8")
+    for name in names or tables:
+        rows = "\n".join(tables[name]())
+        print(rows, flush=True)
+        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{rows}\n{m[2]}",
+                              readme.read_text(encoding="utf-8"), flags=re.S)
+        assert count == 1, f"README.md has lost the marks around the table {name}"
+        readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["plain"]:
         print(f"on the test images: {plain_recipe(int(sys.argv[2])):.5f}")
     else:
-        measure_readme()
+        measure(sys.argv[1:])
