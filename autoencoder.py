@@ -6,7 +6,7 @@
 
 Reached on MNIST with the defaults, over 3 seeds: mean squared error per pixel on the test images 0.00493 ± 0.00002,
 against 0.0235 for the best linear code of the same size and 0.00722 ± 0.00011 for a plain recipe that takes twice the
-time; 52 seconds from start to end on a server's two cores. README.md says how to measure it again.
+time; 51 to 59 seconds from start to end on a server's two cores. README.md says how to measure it again.
 """
 
 import argparse
