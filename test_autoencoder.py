@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -688,7 +689,7 @@ def test_interrupt_ends_quietly(tmp_path):
     assert process.returncode == 130 and err.strip() == "stopped"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep to find the workers")
 def test_interrupting_a_search_of_two_workers_leaves_its_trials_and_no_process(tmp_path):
     process = command("search", "--workers", "2", cwd=tmp_path)
     for line in process.stdout:
@@ -998,7 +999,7 @@ def test_two_workers_share_the_trials_and_choose_what_one_chooses(digits, tmp_pa
     assert values[0] == values[1] and len(values[0]) == 27
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep to find the workers")
 def test_a_worker_that_dies_loses_no_finished_trial(digits, tmp_path, monkeypatch):
     process = start_workers(tmp_path, 2)
     for line in process.stdout:
