@@ -12,6 +12,7 @@ time; 51 to 59 seconds from start to end on a server's two cores. README.md says
 import argparse
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -265,9 +266,13 @@ def draw_digits(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def make_loaders(data: Data, batch_size: int = 50, seed: int = 0) -> tuple[DataLoader, DataLoader]:
     """Shuffled loaders of (images, labels) over the training and the test part."""
-    return tuple(DataLoader(Batches(*part), batch_size, shuffle=True, collate_fn=lambda batch: batch,
-                            generator=torch.Generator().manual_seed(seed + i))
+    return tuple(make_loader(*part, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed + i))
                  for i, part in enumerate((data[:2], data[2:4])))
+
+
+def make_loader(images: Tensor, labels: Tensor, batch_size: int = 50, **order) -> DataLoader:
+    """A loader of (images, labels) that takes whole batches; `order` is `DataLoader`'s: shuffle, sampler, generator."""
+    return DataLoader(Batches(images, labels), batch_size, collate_fn=lambda batch: batch, **order)
 
 
 def ensure_writable(folder: str | Path, option: str) -> None:
@@ -493,13 +498,13 @@ def class_coverage(a: Tensor, b: Tensor) -> float:
     return torch.minimum(p, q).sum().item()
 
 
-def nearness(images: Tensor, held_out: Tensor, train_images: Tensor) -> float:
-    """Median distance of `images` to their nearest of `train_images`, over that of `held_out`: near 0 if they are copies.
+def nearest_distance(images: Tensor, train_images: Tensor) -> float:
+    """Median Euclidean distance of `images` (n, pixels) to the nearest of `train_images` (m, pixels): 0 for copies.
 
-    All (n, pixels). After the comparison that Meehan et al. 2020 (arXiv:2004.05675) make into a test.
+    Over that of held-out images it is the guard `nearness`, after the comparison that Meehan et al. 2020
+    (arXiv:2004.05675) make into a test.
     """
-    nearest = lambda x: torch.cdist(x, train_images).amin(1).median()
-    return (nearest(images) / nearest(held_out)).item()
+    return torch.cdist(images, train_images).amin(1).median().item()
 
 
 class Features(nn.Module):
@@ -549,6 +554,8 @@ class Reference:
     def __init__(self, features: Features, images: Tensor, train_images: Tensor):
         self.features, self.images, self.train_images = features, images, train_images
         self.hidden, self.labels = self._look(images)
+        self.every = len(images) // 250  # 250 images are enough for a median
+        self.nearest = nearest_distance(images[::self.every], train_images)
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -561,7 +568,7 @@ class Reference:
         kernel, kernel_error = kernel_distance(hidden, self.hidden)
         return {"frechet": frechet_distance(hidden, self.hidden), "kernel": kernel, "kernel_error": kernel_error,
                 "coverage": class_coverage(labels, self.labels),
-                "nearness": nearness(images[::len(images) // 250], self.images[::len(images) // 250], self.train_images)}
+                "nearness": nearest_distance(images[::self.every], self.train_images) / self.nearest}
 
     def floor(self) -> dict:
         """Real against real: the reference against as many training images (copies, by design)."""
@@ -699,20 +706,22 @@ class Splits:
         self.test = put(data.test_images[order], data.test_labels[order])
 
 
-def run_trial(settings: dict, seed: int, epochs: float, splits: Splits, reference: Reference) -> dict:
-    """Train one setting for `epochs` (a fraction is a part of the images) and measure the digits it generates.
-
-    A setting whose training diverges gets distances of infinity.
-    """
-    start = time.perf_counter()
+def train_setting(settings: dict, seed: int, epochs: float, images: Tensor, labels: Tensor) -> AutoEncoder:
+    """A model of these settings, trained for `epochs`, of which a fraction is a part of the images (n, 784)."""
     torch.manual_seed(seed)
-    model = make_model(settings).to(reference.images.device)
+    model = make_model(settings).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"], fused=True)
-    digits = Batches(*splits.train)
-    sampler = RandomSampler(digits, num_samples=max(50, round(epochs * len(digits))))
+    sampler = RandomSampler(images, num_samples=max(50, round(epochs * len(images))))
+    train_pass(model, optimizer, make_loader(images, labels, sampler=sampler))
+    return model
+
+
+def run_trial(settings: dict, seed: int, epochs: float, splits: Splits, reference: Reference) -> dict:
+    """Train one setting and measure the digits it generates; if the training diverges, distances are infinite."""
+    start = time.perf_counter()
     failed = dict.fromkeys(("frechet", "kernel", "mse"), math.inf) | {"kernel_error": 0.0, "coverage": 0.0, "nearness": 0.0}
     try:
-        train_pass(model, optimizer, DataLoader(digits, 50, sampler=sampler, collate_fn=lambda batch: batch))
+        model = train_setting(settings, seed, epochs, *splits.train)
         images = generate(model, fit_generator(model, splits.train[0]), len(reference.images), seed)
         measured = reference.measure(images)
         with torch.no_grad():
@@ -836,12 +845,10 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: float 
                 seed, epochs, trials]
     workers = Workers(Journal(out, hashlib.sha256(repr(identity).encode()).hexdigest()[:16]))
     features = train_features(*splits.features, seed)
-    references = {}  # made when first needed: the test images stay closed until the end
 
+    @functools.cache  # made when first needed: the test images stay closed until the end
     def reference(split: str) -> Reference:
-        if split not in references:
-            references[split] = Reference(features, getattr(splits, split)[0], splits.train[0])
-        return references[split]
+        return Reference(features, getattr(splits, split)[0], splits.train[0])
 
     def run_all(stage: str, split: str, length: float, entries: dict) -> dict:
         """(name, seed) → settings, trained for `length` epochs and measured on `split`: the records in that order."""
@@ -952,15 +959,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto takes the first of these that is there")
     one = parser.add_argument_group("train")
     one.add_argument("--pics", default="pics", help="folder for pictures of reconstructions and generated digits")
-    one.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate, the base of the schedule")
-    one.add_argument("--loss", choices=LOSSES, default="euclidean", help="reconstruction loss")
-    one.add_argument("--regulariser", choices=REGULARISERS, default="l1",
+    one.add_argument("--lr", type=float, help="Adam's learning rate, the base of the schedule")
+    one.add_argument("--loss", choices=LOSSES, help="reconstruction loss")
+    one.add_argument("--regulariser", choices=REGULARISERS,
                      help="penalty on the parameters (l1, l2) or on the codes (code)")
-    one.add_argument("--strength", type=float, default=0.0, help="weight of the regulariser, 0 for none")
-    one.add_argument("--depth", type=int, default=3, help="linear layers in the encoder and in the decoder, 1 to 3")
-    one.add_argument("--width", type=int, default=224, help="units of a hidden layer, up to 800")
-    one.add_argument("--dropout", type=float, default=0.0, help="probability of leaving a hidden unit out")
-    one.add_argument("--feedback", type=int, default=1, help="how often the encoder corrects its code; 0 is textbook")
+    one.add_argument("--strength", type=float, help="weight of the regulariser, 0 for none")
+    one.add_argument("--depth", type=int, help="linear layers in the encoder and in the decoder, 1 to 3")
+    one.add_argument("--width", type=int, help="units of a hidden layer, up to 800")
+    one.add_argument("--dropout", type=float, help="probability of leaving a hidden unit out")
+    one.add_argument("--feedback", type=int, help="how often the encoder corrects its code; 0 is textbook")
+    parser.set_defaults(**DEFAULT)
     many = parser.add_argument_group("search")
     many.add_argument("--out", default="search", help="folder for finished trials, from which a search goes on")
     many.add_argument("--trials", type=positive, default=27, help="settings to try")
