@@ -679,7 +679,8 @@ def draw_settings(trial: int, seed: int = 0) -> dict:
 
 
 def make_model(settings: dict) -> AutoEncoder:
-    return AutoEncoder(784, 20, **{name: value for name, value in settings.items() if name != "lr"})
+    """The model of these settings, whose code has 20 numbers unless they name a `hid_size`."""
+    return AutoEncoder(**{"inp_size": 784, "hid_size": 20} | {name: v for name, v in settings.items() if name != "lr"})
 
 
 def price(settings: dict) -> float:
@@ -730,9 +731,14 @@ def run_trial(settings: dict, seed: int, epochs: float, splits: Splits, referenc
             measured = failed
     except (FloatingPointError, torch.linalg.LinAlgError):
         measured, images = failed, torch.zeros(20, 784)
-    strip = io.BytesIO()
-    Image.fromarray((torch.cat(list(images[:20].view(-1, 28, 28).cpu()), dim=1) * 255).byte().numpy()).save(strip, "PNG")
-    return measured | {"seconds": time.perf_counter() - start, "digits": base64.b64encode(strip.getvalue()).decode()}
+    return measured | {"seconds": time.perf_counter() - start, "digits": to_strip(images)}
+
+
+def to_strip(images: Tensor) -> str:
+    """The first twenty of `images` (n, 784) side by side, a PNG in base64: what a contact sheet is made of."""
+    file = io.BytesIO()
+    Image.fromarray((torch.cat(list(images[:20].view(-1, 28, 28).cpu()), dim=1) * 255).byte().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 class Journal:

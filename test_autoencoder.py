@@ -646,7 +646,9 @@ def command(*arguments, cwd, **environment):
     return subprocess.Popen([sys.executable, HERE / "autoencoder.py", *arguments], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
                             env=os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9",
-                                              "PYTHONUTF8": "1"} | environment)
+                                              "PYTHONUTF8": "1"} | environment,
+                            # interrupts work even where the tests were started in the background, which ignores them
+                            preexec_fn=None if os.name == "nt" else partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
 def test_command_runs_without_data_and_without_network_on_any_console(tmp_path):
