@@ -508,20 +508,27 @@ def nearest_distance(images: Tensor, train_images: Tensor) -> float:
 
 
 class Features(nn.Module):
-    """A small classifier of digits, (n, 784) → logits (n, 10), whose last hidden layer, `hidden`, gives 64 features."""
+    """A small classifier of digits, (n, 784) → logits (n, 10), whose last hidden layer, `hidden`, gives 64 features.
+
+    `scale` makes the features' mean square over the training images 1, so that distances compare between networks.
+    """
 
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(),
                                   nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(800, 64), nn.ReLU())
         self.head = nn.Linear(64, 10)
-        self.register_buffer("scale", torch.ones(()))  # the training images' features have a mean square of 1
+        self.register_buffer("scale", torch.ones(()))
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.body(x) / self.scale
 
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Features (n, 64) → logits (n, 10)."""
+        return self.head(hidden * self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x))
+        return self.classify(self.hidden(x))
 
 
 def train_features(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = 6) -> Features:
@@ -560,7 +567,7 @@ class Reference:
     @torch.no_grad()
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.cat([self.features.hidden(part) for part in images.split(1000)])
-        return hidden, self.features.head(hidden).argmax(1)
+        return hidden, self.features.classify(hidden).argmax(1)
 
     def measure(self, images: Tensor) -> dict:
         """Distances and guards of as many images (n, 784) as the reference has."""

@@ -1,7 +1,7 @@
 """Tests of autoencoder.py: `pytest` runs them all and needs no network; MNIST is used if the data folder has it.
 
-    python test_autoencoder.py              measures the tables in README.md afresh and writes them there
-    python test_autoencoder.py densities    only that one; the others are yardstick, halving and workers
+    python test_autoencoder.py              measures all tables in README.md and ANSWERS.md afresh and writes them there
+    python test_autoencoder.py answers      only those in ANSWERS.md; or name one: test_answer_sensible, densities, ...
 """
 
 import base64
@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -22,17 +23,20 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
+import zlib
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import autoencoder as ae
 
@@ -720,7 +724,7 @@ def test_density_has_the_moments_of_each_group(members):
     codes, groups = torch.randn(300, 3).double() @ torch.randn(3, 3).double() + 1, torch.randint(3, (300,))
     if members == "one":
         groups = torch.zeros(300, dtype=torch.long)
-    density = ae.fit_density(codes, nn.functional.one_hot(groups))
+    density = ae.fit_density(codes, F.one_hot(groups))
     for k in range(int(groups.max()) + 1):
         part = codes[groups == k].numpy()
         assert density.weights[k].item() == pytest.approx(len(part) / 300, rel=1e-4)
@@ -737,10 +741,10 @@ def test_em_climbs_and_finds_the_clusters():
         parts = [torch.distributions.MultivariateNormal(m.double(), scale_tril=f.double()).log_prob(codes.double())
                  for m, f in zip(density.means, density.factors)]
         return (torch.stack(parts, 1) + density.weights.double().log()).logsumexp(1).mean().item()
-    start = nn.functional.one_hot(torch.cdist(codes, codes[[0, 1, 999]]).argmin(1))
+    start = F.one_hot(torch.cdist(codes, codes[[0, 1, 999]]).argmin(1))
     values = [likelihood(ae.fit_density(codes, start, steps)) for steps in (0, 1, 2, 5, 20)]
     assert values == sorted(values) and values[-1] > values[0] + 0.1
-    density = ae.fit_density(codes, nn.functional.one_hot(torch.cdist(codes, centres).argmin(1)), steps=30)
+    density = ae.fit_density(codes, F.one_hot(torch.cdist(codes, centres).argmin(1)), steps=30)
     assert torch.allclose(density.weights, torch.tensor([0.5, 0.3, 0.2]), atol=0.03)
     assert torch.allclose(density.means, centres, atol=0.6)
 
@@ -831,7 +835,7 @@ def test_distances_grow_with_damage(judged):
     def blurred(times):
         x = images.view(-1, 1, 28, 28)
         for _ in range(times):
-            x = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+            x = F.avg_pool2d(x, 3, stride=1, padding=1)
         return x.flatten(1)
 
     def dropped(count):  # the images of the first `count` classes give way to others
@@ -1022,6 +1026,838 @@ def test_a_worker_that_dies_loses_no_finished_trial(digits, tmp_path, monkeypatc
     assert records[:len(finished)] == finished and len({r["job"] for r in records}) == len(records) == 27
 
 
+# ---- The answers' evidence -------------------------------------------------------------------------------------------
+#
+# Each table of our own figures in ANSWERS.md stands between <!-- test_answer_x --> and <!-- end -->. The function x below
+# measures it, the test test_answer_x measures it again and compares, `python test_autoencoder.py answers` writes it anew.
+
+SEEDS = (0, 1, 2)  # of all that is random: initialisation, order, generated digits, feature networks
+ANSWERS = HERE / "ANSWERS.md"
+EVIDENCE = {}  # name of a test → the function that measures its table
+
+
+class Table(NamedTuple):
+    """A table in ANSWERS.md: `columns`, header → decimals; `rows`, label → one record for each seed, header → value."""
+
+    first: str
+    columns: dict
+    rows: dict
+    sheet: list = []  # records of generated digits, for a picture beside the table
+
+    def lines(self):
+        """In Markdown; a cell is the mean ± standard deviation over the records."""
+        return [f"| {self.first} | {' | '.join(self.columns)} |", "|---" * (len(self.columns) + 1) + "|"] + [
+            f"| {label} | {' | '.join(ae.mean_sd(records, column, digits) for column, digits in self.columns.items())} |"
+            for label, records in self.rows.items()]
+
+    def values(self):
+        """(row, column) → the values, one for each seed."""
+        return {(label, column): np.array([record[column] for record in records])
+                for label, records in self.rows.items() for column in self.columns if column in records[0]}
+
+
+def evidence(function):
+    """Mark `function` as the measurement of the table test_answer_<its name>; it is made once a session."""
+    EVIDENCE[f"test_answer_{function.__name__}"] = function = cache(function)
+    return function
+
+
+@cache
+def crew():
+    return multiprocessing.get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,))
+
+
+def in_parallel(function, jobs):
+    """`function` of each job, in order, by processes of one thread each: the same figures however many there are."""
+    return crew().starmap(function, jobs, chunksize=1)
+
+
+def written_table(name):
+    """The lines of the table `name` in ANSWERS.md."""
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", ANSWERS.read_text(encoding="utf-8"), re.S)[1].splitlines()
+
+
+def figures(lines):
+    """The cells of a Markdown table: (row, column) → (mean, spread, allowance).
+
+    The allowance is three times the spread and a unit of the last decimal. Three seeds can agree by chance: where they do,
+    the spread that is usual in the column, in proportion to the mean, stands in.
+    """
+    header, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    cells = {}
+    for label, *row in rows:
+        for column, cell in zip(header[1:], row, strict=True):
+            if cell:
+                mean, _, spread = cell.partition(" ± ")
+                cells[label, column] = float(mean), float(spread or 0), 10.0 ** -len(mean.partition(".")[2])
+    usual = {column: np.median([spread / abs(mean) for (_, c), (mean, spread, _) in cells.items() if c == column and mean])
+             for column in header[1:]}
+    return {key: (mean, spread, 3 * max(spread, usual[key[1]] * abs(mean)) + unit)
+            for key, (mean, spread, unit) in cells.items()}
+
+
+def compare(written, measured):
+    """Assert that the figures of a written table are those measured, within the allowance; a time may be half or twice."""
+    assert written.keys() == measured.keys(), "the table has other rows or columns than its measurement: write it anew"
+    for key, (mean, spread, allowance) in written.items():
+        found, found_spread, found_allowance = measured[key]
+        if "time" in key[1]:
+            right = mean / 2 <= found <= 2 * mean
+        else:
+            right = abs(found - mean) <= allowance and spread <= found_allowance
+        assert right, f"{', '.join(key)}: {mean} ± {spread} is written, {found} ± {found_spread} was measured"
+
+
+@pytest.fixture
+def measured(request):
+    """The table of the test that asks for it, measured, and compared with the one written: (row, column) → values."""
+    table = EVIDENCE[request.node.name]()
+    compare(figures(written_table(request.node.name)), figures(table.lines()))
+    return table.values()
+
+
+def test_every_table_of_figures_has_its_test_and_every_test_its_table():
+    text = ANSWERS.read_text(encoding="utf-8")
+    tests = [name for name in globals() if name.startswith("test_answer_")]
+    assert sorted(re.findall(r"<!-- (test_answer_\w+) -->", text)) == sorted(tests) == sorted(EVIDENCE)
+    for name in tests:
+        assert "measured" in inspect.signature(globals()[name]).parameters and f"`{name}`" in text, name
+    assert "±" not in re.sub(r"<!-- test_answer_\w+ -->.*?<!-- end -->", "", text, flags=re.S), "a figure outside the tables"
+    for picture in re.findall(r'src="(.*?)"', text):
+        assert (HERE / picture).is_file() and f"test_answer_{Path(picture).stem}" in tests
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_a_falsified_figure_is_caught(name):
+    honest = figures(written_table(name))
+    compare(honest, honest)
+    for key, (mean, spread, allowance) in honest.items():
+        # what was measured differs: the figure by more than its spread allows, or the spread by far
+        for falsified in ((mean + 1.1 * allowance, spread), (mean - 1.1 * allowance, spread), (mean, spread + 1.1 * allowance)):
+            if "time" in key[1]:
+                falsified = 2.1 * mean, spread
+            with pytest.raises(AssertionError, match=re.escape(", ".join(key))):
+                compare(honest | {key: (*falsified, allowance)}, honest)
+    shortened = dict(list(honest.items())[1:])
+    with pytest.raises(AssertionError, match="other rows"):
+        compare(shortened, honest)
+
+
+@cache
+def splits():
+    return ae.Splits(ae.load_data(MNIST_FOLDER))
+
+
+@cache
+def reference(seed, split="choice"):
+    """Held-out images, and the features of a network trained with this seed."""
+    return ae.Reference(ae.train_features(*splits().features, seed), getattr(splits(), split)[0], splits().train[0])
+
+
+@cache
+def other_features(seed):
+    """What else a distance may look at: the hidden layer of an untrained network, and 64 principal components of pixels."""
+    torch.manual_seed(seed)
+    untrained = ae.Features().eval().requires_grad_(False).hidden
+    directions = torch.linalg.eigh(torch.cov(splits().train[0].T).double()).eigenvectors[:, -64:].float()
+    return {"untrained": untrained, "pixels": lambda images: images @ directions}
+
+
+RANDOM = [ae.draw_settings(trial) for trial in range(1, 10)]
+SENSIBLE = {"784-400-20, no feedback": ae.PLAIN, "**default**, 20 numbers": ae.DEFAULT,
+            **{f"{size} numbers": ae.DEFAULT | {"hid_size": size} for size in (10, 40, 80)},
+            "squared error": ae.DEFAULT | {"loss": "squared"}, "cross-entropy": ae.DEFAULT | {"loss": "cross-entropy"},
+            "penalty on codes, 0.01": ae.DEFAULT | {"regulariser": "code", "strength": 1e-2}}
+SIZES = (250, 500, 1000, 2500, 5000)
+
+
+def judge(images, seed):
+    """What scores say of as many images as the choice split has, and twenty of them."""
+    measures, p = reference(seed).measure(images), reference(seed).features(images).softmax(1)
+    inception = (p * (p.clamp(min=1e-12).log() - p.mean(0).log())).sum(1).mean().exp().item()
+    return measures | {"Fréchet": measures["frechet"], "Inception score": inception, "digits": ae.to_strip(images)}
+
+
+def look(settings, seed):
+    """One setting, trained for a third of an epoch and for a whole one, and all that the answers measure of it."""
+    images, choice = splits().train[0], reference(seed)
+    hidden, count, record = choice.features.hidden, len(choice.images), {}
+    for epochs in (1 / 3, 1):
+        model = ae.train_setting(settings, seed, epochs, *splits().train)
+        generated = ae.generate(model, ae.fit_generator(model, images), count, seed)
+        record = {"Fréchet after a third": record.get("Fréchet")} | judge(generated, seed)
+    with torch.no_grad():
+        record["squared error"] = (model(choice.images) - choice.images).square().mean().item()
+        codes = model.encode(images[:10_000])
+    single = ae.generate(model, ae.fit_density(codes, torch.ones(len(codes), 1)), count, seed)
+    record["one Gaussian"] = ae.frechet_distance(hidden(single), choice.hidden)
+    h = hidden(generated)
+    for n in SIZES:
+        for split in ("choice", "confirmation"):
+            record[f"Fréchet, {n} {split}"] = ae.frechet_distance(h[:n], reference(seed, split).hidden[:n])
+        record[f"kernel, {n}"] = ae.kernel_distance(h[:n], choice.hidden[:n])[0]
+    return record | {name: ae.frechet_distance(view(generated), view(choice.images))
+                     for name, view in other_features(seed).items()}
+
+
+@cache
+def looked():
+    """`look` at every setting and seed: (setting, seed) → record, of RANDOM by number and of SENSIBLE by name."""
+    settings = dict(enumerate(RANDOM)) | SENSIBLE
+    jobs = [(settings[name], seed) for seed in SEEDS for name in settings]
+    return dict(zip([(name, seed) for seed in SEEDS for name in settings], in_parallel(look, jobs)))
+
+
+def criterion(name, group, seed):
+    """What `name` says of each setting of a group, in order."""
+    return np.array([looked()[setting, seed][name] for setting in group])
+
+
+@evidence
+def sensible():
+    columns = {"squared error": 4, "Fréchet": 3, "kernel": 4}
+    return Table("setting", columns, {name: [looked()[name, seed] for seed in SEEDS] for name in SENSIBLE},
+                 [looked()[name, SEEDS[0]] for name in SENSIBLE])
+
+
+def rank_correlation(a, b):
+    """Spearman's."""
+    return np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1]
+
+
+def agreement(names):
+    """How far each criterion ranks settings as the Fréchet distance does, and what its choice costs by that."""
+    rows = {}
+    for label, name, shift in names:
+        rows[label] = []
+        for seed in SEEDS:
+            record = {}
+            for title, group in (("rank correlation, random", range(len(RANDOM))), ("rank correlation, sensible", SENSIBLE)):
+                says, target = criterion(name, group, (seed + shift) % len(SEEDS)), criterion("Fréchet", group, seed)
+                record[title] = rank_correlation(says, target)
+            rows[label].append(record | {"Fréchet of its choice ÷ lowest": target[says.argmin()] / target.min()})
+    return Table("criterion", {column: 2 for column in record} | {"Fréchet of its choice ÷ lowest": 2}, rows)
+
+
+@evidence
+def rankings():
+    return agreement([("squared error", "squared error", 0), ("Fréchet after a third of the training", "Fréchet after a third", 0),
+                      ("Fréchet with another seed", "Fréchet", 1)])
+
+
+@evidence
+def metrics():
+    return agreement([("kernel distance", "kernel", 0), ("Fréchet on 500 images", "Fréchet, 500 choice", 0),
+                      ("Fréchet in an untrained network", "untrained", 0), ("Fréchet in pixels (64 principal components)", "pixels", 0),
+                      ("Fréchet, codes drawn from one Gaussian", "one Gaussian", 0)])
+
+
+@evidence
+def searches(replays=500):
+    """Searches replayed on the trainings at hand: chosen with one seed, then judged by a fresh one on fresh images.
+
+    A record is for a pair of seeds, each of which chooses once and judges once.
+    """
+    everything, random = [*range(len(RANDOM)), *SENSIBLE], np.random.default_rng(0)
+
+    def best(among, name, seed):
+        return among[criterion(name, among, seed).argmin()]
+
+    def halve(among, seed):
+        third = criterion("Fréchet after a third", among, seed)
+        return best([among[i] for i in third.argsort()[:len(among) // 3]], "Fréchet", seed)
+    draw = lambda count: [everything[i] for i in random.choice(len(everything), count, replace=False)]
+    strategies = {  # label → how it chooses, and the score that it goes by, of its own seed and of another
+        "none, 1 setting": (lambda seed: draw(1)[0], ("Fréchet", "Fréchet, 5000 confirmation")),
+        "random, 6 settings": (lambda seed: best(draw(6), "Fréchet", seed), ("Fréchet", "Fréchet, 5000 confirmation")),
+        "random, 6 settings, by squared error": (lambda seed: best(draw(6), "squared error", seed), None),
+        "random, 12 settings, twice the cost": (lambda seed: best(draw(12), "Fréchet", seed), ("Fréchet", "Fréchet, 5000 confirmation")),
+        "halving, 9 settings to 3": (lambda seed: halve(draw(9), seed), ("Fréchet", "Fréchet, 5000 confirmation")),
+        "the 8 sensible": (lambda seed: best(list(SENSIBLE), "Fréchet", seed), ("Fréchet", "Fréchet, 5000 confirmation")),
+        "the 8 sensible, on 500 images": (lambda seed: best(list(SENSIBLE), "Fréchet, 500 choice", seed),
+                                          ("Fréchet, 500 choice", "Fréchet, 500 confirmation"))}
+    rows = {label: [] for label in strategies}
+    for label, (choose, scores) in strategies.items():
+        for pair in itertools.combinations(SEEDS, 2):
+            reached, excess = [], []
+            for chooser, judge in (pair, pair[::-1]):
+                for _ in range(replays if "sensible" not in label else 1):
+                    choice = choose(chooser)
+                    reached.append(looked()[choice, judge]["Fréchet, 5000 confirmation"])
+                    if scores:
+                        excess.append(np.log(looked()[choice, judge][scores[1]] / looked()[choice, chooser][scores[0]]))
+            record = {"Fréchet of the choice, afresh": np.mean(reached)}
+            rows[label].append(record | ({"afresh ÷ as chosen": np.exp(np.mean(excess))} if scores else {}))
+    return Table("search", {"Fréchet of the choice, afresh": 3, "afresh ÷ as chosen": 2}, rows)
+
+
+def fool(seed):
+    """Images that a score should tell from digits, or from new digits; and distances of few real images to few others."""
+    order = torch.randperm(len(splits().confirmation[0]), generator=torch.Generator().manual_seed(seed))
+    real, labels = (part[order] for part in splits().confirmation)
+    choice = reference(seed)
+    surest = real[choice.features(real).softmax(1).argmax(0)]
+    blurred = F.avg_pool2d(real.view(-1, 1, 28, 28), 3, stride=1, padding=1).flatten(1)
+    others = real[labels != 4]
+    sets = {"real digits": real, "copies of training digits": splits().train[0][order],
+            "real, but no 4": others[torch.arange(len(real)) % len(others)], "real, but blurred": real.lerp(blurred, BLUR),
+            "ten real digits, 500 times each": surest.repeat(len(real) // 10, 1)}
+    few = {}
+    for n in SIZES:
+        a, b = choice.features.hidden(real[:n]), choice.hidden[order[:n]]
+        few[n] = {"real": ae.frechet_distance(a, b), "kernel, real": ae.kernel_distance(a, b)[0]}
+    return {name: judge(images, seed) for name, images in sets.items()}, few
+
+
+BLUR = 0.85  # as much as costs what a missing class does
+
+
+@cache
+def fooling():
+    return in_parallel(fool, [(seed,) for seed in SEEDS])
+
+
+@evidence
+def fooled():
+    rows = {name: [records[name] for records, _ in fooling()] for name in fooling()[0][0]}
+    rows["**default** autoencoder"] = [looked()["**default**, 20 numbers", seed] for seed in SEEDS]
+    return Table("images", {"Fréchet": 3, "kernel": 4, "Inception score": 2, "coverage": 2, "nearness": 2}, rows,
+                 [records[0] for records in rows.values()])
+
+
+@evidence
+def sample_size():
+    rows = {}
+    for n in SIZES:
+        rows[f"{n}"] = []
+        for seed in SEEDS:
+            default, plain = looked()["**default**, 20 numbers", seed], looked()["784-400-20, no feedback", seed]
+            rows[f"{n}"].append(fooling()[seed][1][n] | {"default": default[f"Fréchet, {n} choice"],
+                                "784-400-20": plain[f"Fréchet, {n} choice"], "kernel, default": default[f"kernel, {n}"]})
+    return Table("images", {"real": 3, "default": 3, "784-400-20": 3, "kernel, real": 4, "kernel, default": 4}, rows)
+
+@needs_mnist
+def test_answer_sensible(measured):
+    mean = {key: values.mean() for key, values in measured.items()}
+    codes = ["10 numbers", "**default**, 20 numbers", "40 numbers", "80 numbers"]
+    errors, distances = ([mean[name, column] for name in codes] for column in ("squared error", "Fréchet"))
+    assert errors == sorted(errors, reverse=True)
+    assert distances[1] == min(distances) and distances[3] > 1.1 * distances[1]
+
+
+@needs_mnist
+def test_answer_rankings(measured):
+    mean = {key: values.mean() for key, values in measured.items()}
+    for criterion, _ in mean:
+        assert mean[criterion, "rank correlation, random"] > 0.75
+    for criterion in ("squared error", "Fréchet after a third of the training"):
+        assert abs(mean[criterion, "rank correlation, sensible"]) < 0.5
+    assert mean["Fréchet with another seed", "rank correlation, sensible"] < 0.9
+    assert mean["squared error", "Fréchet of its choice ÷ lowest"] > 1.1
+
+
+@needs_mnist
+def test_answer_searches(measured):
+    reached, excess = ({label: values.mean() for (label, c), values in measured.items() if c == column}
+                       for column in ("Fréchet of the choice, afresh", "afresh ÷ as chosen"))
+    assert all(value > excess["none, 1 setting"] + 0.05 for label, value in excess.items() if not label.startswith("none"))
+    assert excess["the 8 sensible"] > excess["random, 6 settings"]
+    assert max(value for label, value in reached.items() if not label.startswith("none")) < reached["none, 1 setting"] / 3
+
+
+@needs_mnist
+def test_answer_metrics(measured):
+    mean = {key: values.mean() for key, values in measured.items()}
+    for view in ("an untrained network", "pixels (64 principal components)"):
+        assert mean[f"Fréchet in {view}", "rank correlation, random"] > 0.75
+        assert mean[f"Fréchet in {view}", "rank correlation, sensible"] < 0.6
+    for name, key in (("untrained", "untrained"), ("pixels", "pixels")):
+        assert all(list(SENSIBLE)[criterion(key, SENSIBLE, seed).argmin()] == "80 numbers" for seed in SEEDS), name
+    assert mean["Fréchet, codes drawn from one Gaussian", "rank correlation, sensible"] < 0.6
+
+
+@needs_mnist
+def test_answer_sample_size(measured):
+    real = [measured[f"{n}", "real"].mean() for n in SIZES]
+    assert real == sorted(real, reverse=True) and real[0] > 8 * real[-1]
+    gap = measured["5000", "kernel, default"].mean()
+    assert measured["250", "kernel, default"].std(ddof=1) > 2 * gap
+
+
+@needs_mnist
+def test_answer_fooled(measured):
+    of = lambda column: {label: values for (label, c), values in measured.items() if c == column}
+    frechet, score, coverage, nearness = map(of, ("Fréchet", "Inception score", "coverage", "nearness"))
+    assert (frechet["copies of training digits"] < frechet["**default** autoencoder"]).all()
+    assert nearness["copies of training digits"].max() < 0.01 < 0.5 < min(values.min() for label, values in nearness.items()
+                                                                         if not label.startswith("copies"))
+    assert frechet["real, but blurred"].mean() == pytest.approx(frechet["real, but no 4"].mean(), rel=0.25)
+    assert (coverage["real, but no 4"] < coverage["real, but blurred"] - 0.05).all()
+    assert all((score["ten real digits, 500 times each"] > values).all() for label, values in score.items() if "ten" not in label)
+
+# Other 1: uncertainty. Networks are lists of weights and biases, with a leading dimension for members side by side.
+
+MEMBERS, MASKS, DROPOUT = 5, 50, 0.2
+LABELLED, VALIDATION, TRANSFER = 2000, 1000, 40_000  # images of a seed's own; inputs of a distillation
+CAP = 1e4  # of a Dirichlet's precision, infinite where the members agree
+
+
+def logits(net, x, dropout=0.0):
+    """Images (n, 784), or (members, n, 784), → (members, n, 10), through 784-200-200-10."""
+    x = x.expand(len(net[0]), -1, -1)
+    for i in range(3):
+        x = torch.baddbmm(net[2 * i + 1], F.dropout(F.relu(x), dropout) if i else x, net[2 * i])
+    return x
+
+
+def fit(loss, inputs, targets, steps, members=1, dropout=0.0, batch=100):
+    """Adam, its rate falling to 0 in a straight line; each member has its own start and its own order of the inputs."""
+    sizes = (784, 200, 200, 10)
+    net = [part.requires_grad_() for a, b in zip(sizes, sizes[1:])
+           for part in (torch.randn(members, a, b) * (2 / a) ** 0.5, torch.zeros(members, 1, b))]
+    optimizer = torch.optim.Adam(net, lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for step in range(steps):
+        start = step * batch % len(inputs)
+        if start == 0:
+            order = torch.stack([torch.randperm(len(inputs)) for _ in range(members)])
+        picked = order[:, start:start + batch]
+        optimizer.zero_grad()
+        loss(logits(net, inputs[picked], dropout), targets[picked]).backward()
+        optimizer.step()
+        schedule.step()
+    return [part.detach() for part in net]
+
+
+def label_loss(z, labels):
+    """Cross-entropy, summed over the members and averaged over the images."""
+    return F.cross_entropy(z.flatten(0, 1), labels.flatten()) * len(z)
+
+
+def mean_loss(z, log_p):
+    """Cross-entropy to the mean of the teacher's members, log p (..., members, 10): Hinton et al. 2015."""
+    return -(log_p.exp().mean(-2) * z.log_softmax(-1)).sum(-1).mean()
+
+
+def dirichlet_loss(z, log_p):
+    """KL(Dir(α) ‖ Dir(β)) / β₀ up to a constant: α = exp(z) + 1, β = β₀ p̄ + 1 (Ryabinin et al. 2021, with our correction)."""
+    members, mean = log_p.shape[-2], log_p.exp().mean(-2)
+    spread = (mean * (mean.clamp(min=1e-30).log() - log_p.mean(-2))).sum(-1)
+    precision = ((members - 1) / members * 9 / (2 * spread.clamp(min=1e-9))).clamp(max=CAP)
+    alpha = z.exp() + 1
+    expected = alpha.digamma() - alpha.sum(-1, keepdim=True).digamma()
+    return -((mean * expected).sum(-1) + torch.distributions.Dirichlet(alpha).entropy() / precision).mean()
+
+
+def entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def single(net, x):
+    """log p (n, 10); no knowledge uncertainty."""
+    return logits(net, x)[0].log_softmax(-1), None
+
+
+def averaged(sample, x):
+    """Of logits (samples, n, 10): log of the mean prediction, and the mutual information of class and sample."""
+    log_p = sample(x).log_softmax(-1)
+    mean = log_p.logsumexp(0) - math.log(len(log_p))
+    return mean, entropy(mean) - entropy(log_p).mean(0)
+
+
+def dirichlet(net, x):
+    """Of a student: log p, and the mutual information of class and p under Dir(α)."""
+    z = logits(net, x)[0]
+    alpha = z.exp() + 1
+    total = alpha.sum(-1, keepdim=True)
+    p = alpha / total
+    return z.log_softmax(-1), entropy(p.log()) + (p * ((alpha + 1).digamma() - (total + 1).digamma())).sum(-1)
+
+
+def warp(images, affine):
+    grid = F.affine_grid(affine, [len(images), 1, 28, 28], align_corners=False)
+    return F.grid_sample(images.view(-1, 1, 28, 28), grid, align_corners=False).flatten(1)
+
+
+def augment(images, mix):
+    """TRANSFER copies, and which image each shows: scaled and shifted by up to 7 %, noisy, a part `mix` blended with others."""
+    n = TRANSFER
+    source, share, zero = torch.arange(n) % len(images), torch.rand(n, 1), torch.zeros(n)
+    share[torch.rand(n) >= mix] = 1.0
+    blend = share * images[source] + (1 - share) * images[torch.randint(len(images), (n,))]
+    wide, high, right, down = (torch.rand(4, n) * 2 - 1) * 0.07
+    affine = torch.stack([1 + wide, zero, right, zero, 1 + high, down], dim=1).view(n, 2, 3)
+    return (warp(blend, affine) + torch.rand(n, 1) * 0.1 * torch.randn(n, 784)).clamp(0, 1), source
+
+
+def auroc(high, low):
+    """The chance that a value of `high` exceeds one of `low`, ties counting half."""
+    return ((high[:, None] > low).float().mean() + (high[:, None] >= low).float().mean()).item() / 2
+
+
+def glue(images, labels):
+    """Upper halves of the first half of the images on lower halves of the others, where the two are of different classes."""
+    n = len(images) // 2
+    return torch.cat([images[:n, :392], images[n:2 * n, 392:]], dim=1)[labels[:n] != labels[n:2 * n]]
+
+
+def calibration_error(log_p, labels, bins=15):
+    """Mean gap of confidence and accuracy over equal bins of confidence, weighted by their images (Guo et al. 2017)."""
+    confidence, guess = log_p.exp().max(-1)
+    gaps = torch.zeros(bins).index_add_(0, (confidence * bins).long().clamp(max=bins - 1), (guess == labels).float() - confidence)
+    return gaps.abs().sum().item() / len(labels)
+
+
+def doubt(seed):
+    """All methods of Other 1, trained and measured with one seed: row → record."""
+    torch.manual_seed(seed)
+    size = LABELLED + VALIDATION
+    (images, valid), (labels, valid_labels) = (
+        part[seed * size:(seed + 1) * size].split([LABELLED, VALIDATION]) for part in splits().train)
+    copies, source = augment(images, mix=0.0)
+    nets = fit(label_loss, copies, labels[source], 2400, MEMBERS, DROPOUT)
+    first, ensemble = [part[:1] for part in nets], partial(averaged, partial(logits, nets))
+    methods = {"one network, as it is": partial(single, first), "one network": partial(single, first),
+               "MC dropout, 50 masks": partial(averaged, lambda x: torch.cat([logits(first, x, DROPOUT) for _ in range(MASKS)])),
+               "ensemble of 5": ensemble}
+    for name, x in (("clean", images), ("augmented", augment(images, mix=0.5)[0])):
+        taught = torch.cat([logits(nets, part).log_softmax(-1).transpose(0, 1) for part in x.split(1000)])  # (n, members, 10)
+        methods[f"distilled Dirichlet, {name} inputs"] = partial(dirichlet, fit(dirichlet_loss, x, taught, 4000))
+    methods[f"distilled mean, {name} inputs"] = partial(single, fit(mean_loss, x, taught, 4000))
+
+    digits, truth = (part[:5000] for part in splits().test)
+    turn = torch.tensor([[math.cos(math.pi / 6), -math.sin(math.pi / 6), 0], [math.sin(math.pi / 6), math.cos(math.pi / 6), 0]])
+    inputs = {"clean": digits, "turned": warp(digits, turn.expand(len(digits), 2, 3)), "glued": glue(digits, truth),
+              "noise": torch.rand(2000, 784)}
+    rows, seen = {}, {}
+    for row, method in methods.items():
+        seen[row] = {name: [torch.cat(parts) if parts[0] is not None else None for parts in zip(*map(method, x.split(1000)))]
+                     for name, x in inputs.items()}
+        rates = torch.logspace(-1, 1, 201, base=4).tolist()
+        held_out = method(valid)[0]
+        rate = 1.0 if row.endswith("as it is") else min(rates, key=lambda t: F.cross_entropy(held_out / t, valid_labels).item())
+        log_p = {name: (p / rate).log_softmax(-1) for name, (p, _) in seen[row].items()}
+        total = {name: entropy(p) for name, p in log_p.items()}
+        wrong = torch.cat([log_p[name].argmax(-1) != truth for name in ("clean", "turned")])
+        both = torch.cat([total["clean"], total["turned"]])
+        record = rows[row] = {"temperature": rate, "accuracy": (log_p["clean"].argmax(-1) == truth).float().mean().item(),
+                              "errors": auroc(both[wrong], both[~wrong])}
+        for name, where in (("clean", ""), ("turned", ", turned")):
+            record |= {f"NLL{where}": F.cross_entropy(log_p[name], truth).item(), f"ECE{where}": calibration_error(log_p[name], truth)}
+        for name in ("glued", "noise"):
+            record[name] = auroc(total[name], total["clean"])
+            if seen[row][name][1] is not None:
+                record[f"{name}, knowledge"] = auroc(seen[row][name][1], seen[row]["clean"][1])
+        record["passes"] = {"MC dropout, 50 masks": MASKS, "ensemble of 5": MEMBERS}.get(row, 1)
+        if row.startswith("distilled"):
+            for name, where in (("clean", "digits"), ("glued", "glued")):
+                (p, own), (q, spread) = seen[row][name], seen["ensemble of 5"][name]
+                record[f"KL, {where}"] = (q.exp() * (q - p)).sum(-1).mean().item()
+                record[f"disagreement, {where}"] = rank_correlation(total[name] if own is None else own, spread)
+
+    times = {row: [] for row in methods}
+    for repeat in range(6):
+        for row, method in methods.items():
+            start = time.perf_counter()
+            method(digits[:1000])
+            times[row].append(time.perf_counter() - start)
+    for row in rows:
+        rows[row]["time"] = np.median(times[row][1:]) / np.median(times["one network"][1:])
+    return rows
+
+
+@cache
+def doubted():
+    by_seed = [experiments()[doubt, seed] for seed in SEEDS]
+    return {row: [rows[row] for rows in by_seed] for row in by_seed[0]}
+
+
+@evidence
+def uncertainty():
+    columns = {"accuracy": 3, "NLL": 3, "ECE": 3, "NLL, turned": 2, "ECE, turned": 2, "errors": 3, "glued": 3, "glued, knowledge": 3,
+               "noise": 2, "passes": 0, "time": 1}
+    return Table("method", columns, doubted())
+
+
+@evidence
+def students():
+    columns = {"KL, digits": 3, "KL, glued": 3, "disagreement, digits": 2, "disagreement, glued": 2, "noise, knowledge": 2}
+    rows = {row: records for row, records in doubted().items() if "KL, digits" in records[0]}
+    return Table("student", columns, {"the ensemble itself": doubted()["ensemble of 5"]} | rows)
+
+# Other 3: robustness. A generative classifier explains an image (n, 784) once for each class, (n, 10, 784), and chooses the
+# class whose explanation is closest: that of an autoencoder, of principal components, or the nearest training image.
+
+CODE, WIDTH, AUTOENCODER_STEPS = 8, 48, 800  # ten autoencoders together as large as the MLP; chosen on the choice split
+COMPONENTS, NEIGHBOURS = 20, 5000
+MLP_STEPS, MLP_RATE = 1000, 4e-3
+RADII = {"L2": (0.5, 1, 1.5, 2, 3), "L∞": (0.05, 0.1, 0.2, 0.3)}
+
+
+def train_autoencoders(images, labels, seed, steps=AUTOENCODER_STEPS):
+    models = []
+    for digit in range(10):
+        torch.manual_seed(10 * seed + digit)
+        mine = images[labels == digit]
+        models.append(ae.AutoEncoder(784, CODE, depth=2, width=WIDTH))
+        loader = ae.make_loader(mine, mine, sampler=RandomSampler(mine, num_samples=50 * steps))
+        ae.train_pass(models[-1], torch.optim.Adam(models[-1].parameters(), lr=3e-3, fused=True), loader)
+        models[-1].eval().requires_grad_(False)
+    return lambda x, shown=None: torch.stack([model(part) for model, part in zip(models, for_each_class(x))], dim=1)
+
+
+def for_each_class(x):
+    """Images (n, 784), the same for each class, or (n, 10, 784) → ten batches."""
+    return (x if x.ndim == 3 else x[:, None].expand(-1, 10, -1)).unbind(1)
+
+
+def fit_pca(images, labels):
+    """The linear counterpart: the leading principal components of each class, as many as its images allow."""
+    means = torch.stack([images[labels == digit].mean(0) for digit in range(10)])
+    bases = torch.zeros(10, 784, COMPONENTS)
+    for digit in range(10):
+        basis = torch.linalg.svd(images[labels == digit] - means[digit], full_matrices=False)[2]
+        count = min(COMPONENTS, (labels == digit).sum() - 1)
+        bases[digit, :, :count] = basis[:count].T
+
+    def explain(x, shown=None):
+        away = torch.stack(for_each_class(x)) - means[:, None]
+        return (means[:, None] + away @ bases @ bases.mT).transpose(0, 1)
+    return explain
+
+
+def fit_neighbours(images, labels):
+    """The nearest training image of each class, by the pixels `shown` (n, 784) if not by all."""
+    parts = [images[labels == digit] for digit in range(10)]
+
+    @torch.no_grad()  # the nearest image is constant around almost any image: the gradient of its distance stays exact
+    def explain(x, shown=None):
+        nearest = []
+        for part, mine in zip(parts, for_each_class(x)):
+            weight = torch.ones_like(mine) if shown is None else shown
+            nearest.append(part[(weight @ part.square().T - 2 * (weight * mine) @ part.T).argmin(1)])
+        return torch.stack(nearest, dim=1)
+    return explain
+
+
+def train_mlp(images, labels, seed, steps=MLP_STEPS, batch=200, masked=False):
+    """784-640-416-10 by cross-entropy; `masked` hides a random share of pixels, another for each image."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(784, 640), nn.SiLU(), nn.Linear(640, 416), nn.SiLU(), nn.Linear(416, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=MLP_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    order, mean = torch.cat([torch.randperm(len(images)) for _ in range(-(-steps * batch // len(images)))]), images.mean(0)
+    for index in order.split(batch)[:steps]:
+        x = images[index]
+        if masked:
+            x = torch.where(torch.rand_like(x) < torch.rand(len(x), 1) * 0.9, mean, x)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels[index]).backward()
+        optimizer.step()
+        schedule.step()
+    return model.requires_grad_(False)
+
+
+def score_by(explain):
+    """Images → scores (n, 10): minus the squared error of each class's explanation."""
+    return lambda x: -(explain(x) - x[:, None]).square().sum(2)
+
+
+@torch.no_grad()
+def accuracy(score, x, labels):
+    return (torch.cat([score(part) for part in x.split(1000)]).argmax(1) == labels).float().mean().item()
+
+
+def margin(score, x, labels):
+    """How far the best wrong class is ahead of the true one: unlike cross-entropy, it never saturates."""
+    scores, true = score(x), F.one_hot(labels, 10).bool()
+    return scores.masked_fill(true, -torch.inf).amax(1) - scores[true]
+
+
+def project(x, origin, radius, norm):
+    """Into the ball of `radius` (n, 1) around `origin`, then into the range of pixels."""
+    move = x - origin
+    if norm == "L2":
+        move = move * (radius / move.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    return (origin + torch.minimum(torch.maximum(move, -radius), radius)).clamp(0, 1)
+
+
+def attack(score, x, labels, radius, norm, seed, steps=40, stop=True):
+    """Projected gradient ascent on the margin from a random start, to `stop` when an image is misclassified or to go on.
+
+    Returns the images it ends at, and which were right throughout.
+    """
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.randn(x.shape, generator=random) if norm == "L2" else torch.rand(x.shape, generator=random) * 2 - 1
+    length = noise.norm(dim=1, keepdim=True) / torch.rand(len(x), 1, generator=random) if norm == "L2" else 1
+    images = project(x + radius * noise / length, x, radius, norm)
+    withstood, left = torch.ones(len(x), dtype=torch.bool), torch.arange(len(x))
+    for step in range(steps + 1):
+        here = images[left].requires_grad_()
+        ahead = margin(score, here, labels[left])
+        withstood[left] &= ahead.detach() < 0
+        if step == steps or not len(left):
+            break
+        slope, = torch.autograd.grad(ahead.sum(), here)
+        slope = slope / slope.norm(dim=1, keepdim=True).clamp(min=1e-12) if norm == "L2" else slope.sign()
+        images[left] = project(here.detach() + 2.5 / steps * radius[left] * slope, x[left], radius[left], norm)
+        if stop:
+            left = left[withstood[left]]
+    return images, withstood
+
+
+@torch.no_grad()
+def search_at_random(score, x, labels, radius, seed, queries=300):
+    """An attack without gradients: random coarse moves, then finer ones, kept where they help; which stayed right."""
+    random = torch.Generator().manual_seed(seed)
+    images, best = x.clone(), margin(score, x, labels)
+    for query in range(queries):
+        cells = 28 // max(2, round(12 * (1 - query / queries))) + 1
+        move = F.interpolate(torch.randn(len(x), 1, cells, cells, generator=random), size=(28, 28)).flatten(1)
+        move = move * (torch.rand(move.shape, generator=random) < 0.5)
+        tried = project(images + radius / 2 * move / move.norm(dim=1, keepdim=True), x, radius, "L2")
+        ahead = margin(score, tried, labels)
+        images, best = torch.where((ahead > best)[:, None], tried, images), torch.maximum(ahead, best)
+    return best < 0
+
+
+def withstand(classifiers, x, labels, seed):
+    """The share of images left right by attacks at each radius; and, at L2 1.5, by other attacks than the plain one."""
+    table, around = {}, torch.full((50, 1), 1.5)
+    few, truth = x[:50], labels[:50]
+    nearest = fit_neighbours(*splits().train)(few)
+    lines = [project(nearest[range(50), (truth + i) % 10], few, around, "L2") for i in range(1, 10)]
+    crafted = {name: attack(score, few, truth, around, "L2", seed, stop=False) for name, score in classifiers.items()}
+    for name, score in classifiers.items():
+        row = table[name] = {}
+        for norm, radii in RADII.items():
+            many, radius = len(radii), torch.tensor(radii).repeat_interleave(len(x))[:, None]  # all radii at once
+            right = attack(score, x.repeat(many, 1), labels.repeat(many), radius, norm, seed)[1].view(many, -1)
+            row |= {f"{norm} {r}": 100 * share for r, share in zip(radii, right.float().mean(1).tolist())}
+        kept = lambda images: margin(score, images, truth) < 0
+        tries = {"white-box": crafted[name][1], "160 steps": attack(score, few, truth, around, "L2", seed, steps=160)[1],
+                 "4 restarts": torch.stack([attack(score, few, truth, around, "L2", seed + 100 * i)[1] for i in range(1, 5)]).all(0),
+                 "transferred": torch.stack([kept(images) for other, (images, _) in crafted.items() if other != name]).all(0),
+                 "no gradient": torch.stack([*map(kept, lines), search_at_random(score, few, truth, around, seed)]).all(0)}
+        tries |= {"all together": torch.stack(list(tries.values())).all(0),
+                  "white-box, L2 10": attack(score, few, truth, around * 0 + 10, "L2", seed)[1]}
+        row |= {title: 100 * right.float().mean().item() for title, right in tries.items()}
+    return table
+
+
+@torch.no_grad()
+def score_shown(explain, x, shown, filling, rounds=20):
+    """Scores by the pixels `shown` (n, 784) only; each class refills the others from its own explanation, `rounds` times."""
+    shown, x, explanation = shown[:, None], x[:, None], filling
+    for _ in range(1 + rounds):
+        explanation = explain((shown * x + (1 - shown) * explanation).expand(-1, 10, -1), shown[:, 0])
+    return -(shown * (explanation - x)).square().sum(2)
+
+
+def strokes(count, random):
+    """Thin straight bars, upright or lying."""
+    place, begin, length = (torch.randint(low, high, (count, 1), generator=random) for low, high in ((6, 22), (4, 12), (8, 14)))
+    along, across = torch.arange(28).repeat(28), torch.arange(28).repeat_interleave(28)
+    bars = ((across == place) & (along >= begin) & (along < begin + length)).float().view(count, 28, 28)
+    return torch.where(torch.rand(count, 1, 1, generator=random) < 0.5, bars, bars.mT).flatten(1)
+
+
+def zip_bits(images):
+    return torch.tensor([8.0 * len(zlib.compress(row.tobytes(), 9)) for row in (images * 255).round().byte().numpy()])
+
+
+def withstood(seed):
+    """All of Other 3 with one seed: table → row → record."""
+    (images, labels), (x, truth) = splits().train, (part[:5000] for part in splits().test)
+    random = torch.Generator().manual_seed(seed)
+    picked = torch.randperm(len(x), generator=random)[:1000]
+    some, true, mean = x[picked], truth[picked], images.mean(0)
+    near = slice(NEIGHBOURS * seed, NEIGHBOURS * (seed + 1))
+    explainers = {"autoencoders": train_autoencoders(images, labels, seed), "PCA": fit_pca(images, labels),
+                  "1-NN": fit_neighbours(images[near], labels[near])}
+    mlps = {"MLP": train_mlp(images, labels, seed), "MLP, trained with masks": train_mlp(images, labels, seed, masked=True)}
+    classifiers = {name: score_by(explain) for name, explain in explainers.items()} | {"MLP": mlps["MLP"]}
+    attacks = withstand(classifiers, some[:200], true[:200], seed)
+    conditions = {name: {"all data": 100 * accuracy(score, x, truth)} for name, score in (classifiers | mlps).items()}
+    for name in attacks:
+        attacks[name]["none"] = conditions[name]["all data"]
+
+    order = torch.randperm(len(images), generator=random)
+    for count in (2, 10, 50, 500):  # as many images in each training, with repetition, for the ten autoencoders and the MLP
+        part = torch.cat([order[labels[order] == digit][:count] for digit in range(10)])
+        part = images[part], labels[part]
+        for name, score in (("autoencoders", score_by(train_autoencoders(*part, seed, 100))), ("PCA", score_by(fit_pca(*part))),
+                            ("1-NN", score_by(fit_neighbours(*part))), ("MLP", train_mlp(*part, seed, 100, 500))):
+            conditions[name][f"{count} a class"] = 100 * accuracy(score, x[:2000], truth[:2000])
+
+    halves = torch.ones(4, 28, 28)
+    halves[0, :14], halves[1, 14:], halves[2, :, :14], halves[3, :, 14:] = 0, 0, 0, 0
+    for title, shown in (("half hidden, at random", (torch.rand(500, 784, generator=random) >= 0.5).float()),
+                         ("3/4 hidden", (torch.rand(500, 784, generator=random) >= 0.75).float()),
+                         ("half hidden, a block", halves.flatten(1)[torch.randint(4, (500,), generator=random)])):
+        for name in conditions:
+            scores = (mlps[name](shown * some[:500] + (1 - shown) * mean) if name in mlps else
+                      score_shown(explainers[name], some[:500], shown, mean, rounds=0 if name == "1-NN" else 20))
+            conditions[name][title] = 100 * (scores.argmax(1) == true[:500]).float().mean().item()
+
+    mark = lambda x, digit: torch.cat([F.one_hot(digit, 10).float(), x[:, 10:]], dim=1)  # a pixel that tells the class
+    part = mark(images[near], labels[near]), labels[near]
+    lie = mark(x, (truth + torch.randint(1, 10, (len(truth),), generator=random)) % 10)
+    for name, score in (("autoencoders", score_by(train_autoencoders(*part, seed, 200))), ("PCA", score_by(fit_pca(*part))),
+                        ("1-NN", score_by(fit_neighbours(*part))), ("MLP", train_mlp(*part, seed, 400))):
+        conditions[name]["shortcut that lies"] = 100 * accuracy(score, lie, truth)
+
+    with torch.no_grad():
+        error = lambda x: -classifiers["autoencoders"](x).amax(1)
+        variance = error(splits().choice[0][:1000]).mean() / 784  # of a Gaussian pixel: the error as a code length in bits
+        doubts = {"MLP, 1 − highest softmax": lambda x: 1 - mlps["MLP"](x).double().softmax(1).amax(1),
+                  **{f"{name}, error": lambda x, name=name: -classifiers[name](x).amax(1) for name in explainers},
+                  "autoencoders, bits − zlib's bits": lambda x: error(x) / (2 * variance * math.log(2)) - zip_bits(x)}
+        kinds = {"black": torch.zeros(1, 784), "grey": torch.full((1, 784), 0.5), "white": torch.ones(1, 784),
+                 "noise": torch.rand(1000, 784, generator=random), "bars": strokes(1000, random), "glued": glue(some, true)}
+        novelty = {name: {kind: auroc(doubt(novel), doubt(some)) for kind, novel in kinds.items()} for name, doubt in doubts.items()}
+    return {"attacks": attacks, "conditions": conditions, "novelty": novelty}
+
+
+@cache
+def experiments():
+    """Those of Other 1 and Other 3, the longest first, in one go: no core waits for another."""
+    jobs = [(function, seed) for function in (withstood, doubt) for seed in SEEDS]
+    return dict(zip(jobs, in_parallel(call, jobs)))
+
+
+def call(function, seed):
+    return function(seed)
+
+
+def robustness_table(name, first, columns):
+    by_seed = [experiments()[withstood, seed][name] for seed in SEEDS]
+    return Table(first, columns, {row: [tables[row] for tables in by_seed] for row in by_seed[0]})
+
+
+@evidence
+def attacks():
+    return robustness_table("attacks", "right, % of 200", {"none": 1} | {f"{norm} {r}": 0 for norm in RADII for r in RADII[norm]})
+
+
+@evidence
+def checks():
+    return robustness_table("attacks", "right, % of 50, at L2 1.5", {title: 0 for title in (
+        "white-box", "160 steps", "4 restarts", "transferred", "no gradient", "all together", "white-box, L2 10")})
+
+
+@evidence
+def conditions():
+    return robustness_table("conditions", "right, %", {title: 1 for title in (
+        "all data", "2 a class", "10 a class", "50 a class", "500 a class", "half hidden, at random", "3/4 hidden",
+        "half hidden, a block", "shortcut that lies")})
+
+
+@evidence
+def novelty():
+    return robustness_table("novelty", "score", {kind: 2 for kind in ("black", "grey", "white", "noise", "bars", "glued")})
+
+
 # ---- The tables in README.md -----------------------------------------------------------------------------------------
 
 def plain_recipe(seed, sizes=(784, 529, 274, 20)):
@@ -1073,7 +1909,7 @@ def densities(seeds=(0, 1, 2), epochs=3.0):
     splits = ae.Splits(ae.load_data(MNIST_FOLDER))
     reference = ae.Reference(ae.train_features(*splits.features), splits.choice[0], splits.train[0])
     images, labels = splits.train
-    one_hot = nn.functional.one_hot(labels[:10_000])
+    one_hot = F.one_hot(labels[:10_000])
     fits = {"one Gaussian": lambda m, codes: ae.fit_density(codes, torch.ones(len(codes), 1)),
             "one per class, with labels": lambda m, codes: ae.fit_density(codes, one_hot),
             **{f"mixture of {k}": lambda m, codes, k=k: ae.fit_generator(m, images, k) for k in (10, 30, 100, 300)}}
@@ -1112,7 +1948,6 @@ def halving(pools=(0, 1), trials=27):
     """
     rows = ["| pool | halving's choice | random search's | the pool's best | median | rank correlation of 1/3 and 3 epochs | "
             "of error and Fréchet | place of the lowest error |", "|---|---|---|---|---|---|---|---|"]
-    rank = lambda values: np.argsort(np.argsort(values))
     with multiprocessing.get_context("spawn").Pool(2) as workers:
         for pool in pools:
             drawn = [ae.draw_settings(trial, pool) for trial in range(1, trials + 1)]
@@ -1128,8 +1963,8 @@ def halving(pools=(0, 1), trials=27):
             frechet, error = [r["frechet"] for r in full], [r["mse"] for r in full]
             rows.append(f"| {pool} | {judged[chosen]:.3f} | {sum(c * judged[i] for c, i in zip(chance, order)):.3f} | "
                         f"{min(judged):.3f} | {np.median(judged):.3f} | "
-                        f"{np.corrcoef(rank([r['frechet'] for r in short]), rank(frechet))[0, 1]:.2f} | "
-                        f"{np.corrcoef(rank(error), rank(frechet))[0, 1]:.2f} | {order.index(int(np.argmin(error))) + 1} of {trials} |")
+                        f"{rank_correlation([r['frechet'] for r in short], frechet):.2f} | "
+                        f"{rank_correlation(error, frechet):.2f} | {order.index(int(np.argmin(error))) + 1} of {trials} |")
     return rows
 
 
@@ -1147,16 +1982,24 @@ def workers(epochs=1):
 
 
 def measure(names):
-    """Measure the named tables afresh and write them into README.md, between their marks."""
+    """Measure the named tables afresh, by default all, and write them into the document that has their marks."""
     tables = {"yardstick": yardstick, "densities": densities, "halving": halving, "workers": workers}
-    readme = HERE / "README.md"
-    for name in names or tables:
-        rows = "\n".join(tables[name]())
-        print(rows, flush=True)
-        text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{rows}\n{m[2]}",
-                              readme.read_text(encoding="utf-8"), flags=re.S)
-        assert count == 1, f"README.md has lost the marks around the table {name}"
-        readme.write_text(text, encoding="utf-8")
+    for name in [each for name in names or [*tables, "answers"] for each in (EVIDENCE if name == "answers" else [name])]:
+        start, table = time.perf_counter(), (tables | EVIDENCE)[name]()
+        if isinstance(table, Table):
+            if table.sheet:
+                ae.contact_sheet(table.sheet, HERE / ".github" / f"{name.removeprefix('test_answer_')}.png")
+            table = table.lines()
+        rows = "\n".join(table)
+        print(f"{name}, {time.perf_counter() - start:.0f} s\n{rows}", flush=True)
+        for document in (HERE / "README.md", ANSWERS):
+            text = document.read_text(encoding="utf-8")
+            new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{rows}\n{m[2]}", text, flags=re.S)
+            if f"<!-- {name} -->" in text:
+                document.write_text(new, encoding="utf-8")
+                break
+        else:
+            raise ValueError(f"neither document has the marks <!-- {name} --> and <!-- end --> to write between")
 
 
 if __name__ == "__main__":
