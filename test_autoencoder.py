@@ -5,6 +5,7 @@
 """
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import inspect
@@ -869,6 +870,14 @@ def run_search(digits, folder, monkeypatch, **options):
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def searched(digits, tmp_path_factory):
+    """A whole search of nine settings by one worker: its choice, its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(io.StringIO()) as out:
+        return run_search(digits, folder, monkeypatch), folder, out.getvalue()
+
+
 def pretend(settings, seed, epochs, splits, reference):
     """A stand-in for run_trial, where only the bookkeeping is under test."""
     picture = io.BytesIO()
@@ -922,10 +931,9 @@ def test_a_setting_that_diverges_is_recorded_not_raised(judged, digits):
     assert record["frechet"] == float("inf") and record["digits"]
 
 
-def test_search_halves_confirms_and_ends_with_a_command_that_works(digits, tmp_path, monkeypatch, capsys):
-    winner = run_search(digits, tmp_path, monkeypatch)
-    out = capsys.readouterr().out
-    records = journal(tmp_path)
+def test_search_halves_confirms_and_ends_with_a_command_that_works(searched):
+    winner, folder, out = searched
+    records = journal(folder)
     assert [sum(r["job"].startswith(stage) for r in records) for stage in ("rung 1", "confirm", "test")] == [9, 9, 9]
     rung = sorted((r for r in records if r["job"].startswith("rung 1")), key=ae.rank_key)
     confirmed = {int(r["job"].split()[2]) for r in records if r["job"].startswith("confirm")}
@@ -933,7 +941,7 @@ def test_search_halves_confirms_and_ends_with_a_command_that_works(digits, tmp_p
     assert {r["split"] for r in records} == {"choice", "confirmation", "test"}
     assert len({(r["seed"], r["job"].split()[0]) for r in records}) == 7  # one seed, then three fresh ones, and three more
     assert winner in [ae.draw_settings(trial) for trial in confirmed]
-    assert Image.open(tmp_path / "contact_sheet.png").size == (64 + 20 * 28, 9 * 30)
+    assert Image.open(folder / "contact_sheet.png").size == (64 + 20 * 28, 9 * 30)
     for label in ("real images", "winner", "default", "784-400-20", "PCA-Gaussian"):
         assert re.search(rf"^{label} +[\d.]+", out, re.M)
     arguments = out.splitlines()[-1].split("autoencoder.py ")[1].split()
@@ -1000,12 +1008,11 @@ def start_workers(folder, count):
                             start_new_session=True)
 
 
-def test_two_workers_share_the_trials_and_choose_what_one_chooses(digits, tmp_path, monkeypatch):
-    (tmp_path / "two").mkdir()
-    out, err = start_workers(tmp_path / "two", 2).communicate(timeout=300)
-    winner = run_search(digits, tmp_path / "one", monkeypatch)
+def test_two_workers_share_the_trials_and_choose_what_one_chooses(searched, tmp_path):
+    winner, one, _ = searched
+    out, err = start_workers(tmp_path, 2).communicate(timeout=300)
     assert re.findall("^chosen (.*)$", out, re.M) == [str(winner)] * 2, err
-    values = [sorted((r["job"], r["frechet"], r["mse"]) for r in journal(tmp_path / folder)) for folder in ("one", "two")]
+    values = [sorted((r["job"], r["frechet"], r["mse"]) for r in journal(folder)) for folder in (one, tmp_path)]
     assert values[0] == values[1] and len(values[0]) == 27
 
 
@@ -1021,6 +1028,7 @@ def test_a_worker_that_dies_loses_no_finished_trial(digits, tmp_path, monkeypatc
     assert process.returncode != 0
     finished = journal(tmp_path)
     assert finished
+    monkeypatch.setattr(ae, "run_trial", pretend)
     run_search(digits, tmp_path, monkeypatch)
     records = journal(tmp_path)
     assert records[:len(finished)] == finished and len({r["job"] for r in records}) == len(records) == 27
@@ -1114,33 +1122,6 @@ def measured(request):
     table = EVIDENCE[request.node.name]()
     compare(figures(written_table(request.node.name)), figures(table.lines()))
     return table.values()
-
-
-def test_every_table_of_figures_has_its_test_and_every_test_its_table():
-    text = ANSWERS.read_text(encoding="utf-8")
-    tests = [name for name in globals() if name.startswith("test_answer_")]
-    assert sorted(re.findall(r"<!-- (test_answer_\w+) -->", text)) == sorted(tests) == sorted(EVIDENCE)
-    for name in tests:
-        assert "measured" in inspect.signature(globals()[name]).parameters and f"`{name}`" in text, name
-    assert "±" not in re.sub(r"<!-- test_answer_\w+ -->.*?<!-- end -->", "", text, flags=re.S), "a figure outside the tables"
-    for picture in re.findall(r'src="(.*?)"', text):
-        assert (HERE / picture).is_file() and f"test_answer_{Path(picture).stem}" in tests
-
-
-@pytest.mark.parametrize("name", EVIDENCE)
-def test_a_falsified_figure_is_caught(name):
-    honest = figures(written_table(name))
-    compare(honest, honest)
-    for key, (mean, spread, allowance) in honest.items():
-        # what was measured differs: the figure by more than its spread allows, or the spread by far
-        for falsified in ((mean + 1.1 * allowance, spread), (mean - 1.1 * allowance, spread), (mean, spread + 1.1 * allowance)):
-            if "time" in key[1]:
-                falsified = 2.1 * mean, spread
-            with pytest.raises(AssertionError, match=re.escape(", ".join(key))):
-                compare(honest | {key: (*falsified, allowance)}, honest)
-    shortened = dict(list(honest.items())[1:])
-    with pytest.raises(AssertionError, match="other rows"):
-        compare(shortened, honest)
 
 
 @cache
@@ -1399,6 +1380,7 @@ def test_answer_fooled(measured):
 
 MEMBERS, MASKS, DROPOUT = 5, 50, 0.2
 LABELLED, VALIDATION, TRANSFER = 2000, 1000, 40_000  # images of a seed's own; inputs of a distillation
+STEPS, MORE_STEPS = 4000, 3000  # of a member; of a student that starts from one, and of its rival that goes on with labels
 CAP = 1e4  # of a Dirichlet's precision, infinite where the members agree
 
 
@@ -1410,11 +1392,15 @@ def logits(net, x, dropout=0.0):
     return x
 
 
-def fit(loss, inputs, targets, steps, members=1, dropout=0.0, batch=100):
-    """Adam, its rate falling to 0 in a straight line; each member has its own start and its own order of the inputs."""
+def make_networks(members):
     sizes = (784, 200, 200, 10)
-    net = [part.requires_grad_() for a, b in zip(sizes, sizes[1:])
-           for part in (torch.randn(members, a, b) * (2 / a) ** 0.5, torch.zeros(members, 1, b))]
+    return [part for a, b in zip(sizes, sizes[1:])
+            for part in (torch.randn(members, a, b) * (2 / a) ** 0.5, torch.zeros(members, 1, b))]
+
+
+def fit(start, loss, inputs, targets, steps, dropout=0.0, batch=100):
+    """Networks trained from `start` by Adam, its rate falling to 0 in a straight line; each has its own order of the inputs."""
+    net, members = [part.clone().requires_grad_() for part in start], len(start[0])
     optimizer = torch.optim.Adam(net, lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for step in range(steps):
@@ -1515,24 +1501,26 @@ def doubt(seed):
     (images, valid), (labels, valid_labels) = (
         part[seed * size:(seed + 1) * size].split([LABELLED, VALIDATION]) for part in splits().train)
     copies, source = augment(images, mix=0.0)
-    nets = fit(label_loss, copies, labels[source], 2400, MEMBERS, DROPOUT)
+    nets = fit(make_networks(MEMBERS), label_loss, copies, labels[source], STEPS, DROPOUT)
     first, ensemble = [part[:1] for part in nets], partial(averaged, partial(logits, nets))
+    longer = fit(first, label_loss, copies, labels[source], MORE_STEPS, DROPOUT)
     methods = {"one network, as it is": partial(single, first), "one network": partial(single, first),
-               "MC dropout, 50 masks": partial(averaged, lambda x: torch.cat([logits(first, x, DROPOUT) for _ in range(MASKS)])),
+               "one network, trained longer": partial(single, longer),
+               f"MC dropout, {MASKS} masks": partial(averaged, lambda x: torch.cat([logits(first, x, DROPOUT) for _ in range(MASKS)])),
                "ensemble of 5": ensemble}
     for name, x in (("clean", images), ("augmented", augment(images, mix=0.5)[0])):
         taught = torch.cat([logits(nets, part).log_softmax(-1).transpose(0, 1) for part in x.split(1000)])  # (n, members, 10)
-        methods[f"distilled Dirichlet, {name} inputs"] = partial(dirichlet, fit(dirichlet_loss, x, taught, 4000))
-    methods[f"distilled mean, {name} inputs"] = partial(single, fit(mean_loss, x, taught, 4000))
+        methods[f"distilled Dirichlet, {name} inputs"] = partial(dirichlet, fit(first, dirichlet_loss, x, taught, MORE_STEPS))
+    methods[f"distilled mean, {name} inputs"] = partial(single, fit(first, mean_loss, x, taught, MORE_STEPS))
 
     digits, truth = (part[:5000] for part in splits().test)
     turn = torch.tensor([[math.cos(math.pi / 6), -math.sin(math.pi / 6), 0], [math.sin(math.pi / 6), math.cos(math.pi / 6), 0]])
     inputs = {"clean": digits, "turned": warp(digits, turn.expand(len(digits), 2, 3)), "glued": glue(digits, truth),
               "noise": torch.rand(2000, 784)}
-    rows, seen = {}, {}
+    seen = {row: {name: [torch.cat(parts) if parts[0] is not None else None for parts in zip(*map(method, x.split(1000)))]
+                  for name, x in inputs.items()} for row, method in methods.items()}
+    rows = {}
     for row, method in methods.items():
-        seen[row] = {name: [torch.cat(parts) if parts[0] is not None else None for parts in zip(*map(method, x.split(1000)))]
-                     for name, x in inputs.items()}
         rates = torch.logspace(-1, 1, 201, base=4).tolist()
         held_out = method(valid)[0]
         rate = 1.0 if row.endswith("as it is") else min(rates, key=lambda t: F.cross_entropy(held_out / t, valid_labels).item())
@@ -1548,8 +1536,8 @@ def doubt(seed):
             record[name] = auroc(total[name], total["clean"])
             if seen[row][name][1] is not None:
                 record[f"{name}, knowledge"] = auroc(seen[row][name][1], seen[row]["clean"][1])
-        record["passes"] = {"MC dropout, 50 masks": MASKS, "ensemble of 5": MEMBERS}.get(row, 1)
-        if row.startswith("distilled"):
+        record["passes"] = {f"MC dropout, {MASKS} masks": MASKS, "ensemble of 5": MEMBERS}.get(row, 1)
+        if row.startswith("distilled") or row.endswith("longer"):
             for name, where in (("clean", "digits"), ("glued", "glued")):
                 (p, own), (q, spread) = seen[row][name], seen["ensemble of 5"][name]
                 record[f"KL, {where}"] = (q.exp() * (q - p)).sum(-1).mean().item()
@@ -1583,7 +1571,7 @@ def uncertainty():
 def students():
     columns = {"KL, digits": 3, "KL, glued": 3, "disagreement, digits": 2, "disagreement, glued": 2, "noise, knowledge": 2}
     rows = {row: records for row, records in doubted().items() if "KL, digits" in records[0]}
-    return Table("student", columns, {"the ensemble itself": doubted()["ensemble of 5"]} | rows)
+    return Table("network", columns, {"the ensemble itself": doubted()["ensemble of 5"]} | rows)
 
 # Other 3: robustness. A generative classifier explains an image (n, 784) once for each class, (n, 10, 784), and chooses the
 # class whose explanation is closest: that of an autoencoder, of principal components, or the nearest training image.
@@ -1856,6 +1844,101 @@ def conditions():
 @evidence
 def novelty():
     return robustness_table("novelty", "score", {kind: 2 for kind in ("black", "grey", "white", "noise", "bars", "glued")})
+
+@needs_mnist
+def test_answer_uncertainty(measured):
+    of = lambda row, column: measured[row, column]
+    one, five = "one network", "ensemble of 5"
+    assert (of(one, "ECE") < of("one network, as it is", "ECE") / 1.5).all()
+    assert (of(one, "ECE, turned") > 5 * of(one, "ECE")).all()
+    for column, sign in (("NLL", 1), ("NLL, turned", 1), ("glued", -1)):
+        assert (sign * of(five, column) < sign * of(one, column)).all(), column
+
+
+@needs_mnist
+def test_answer_students(measured):
+    of = lambda row, column: measured[row, column]
+    rest = ("distilled Dirichlet, augmented inputs", "distilled mean, augmented inputs")
+    for column in ("KL, digits", "KL, glued"):
+        for student in rest:
+            assert (2 * of(student, column) < of("distilled Dirichlet, clean inputs", column)).all()
+
+
+@needs_mnist
+def test_answer_attacks(measured):
+    for column in ("L2 1", "L2 1.5", "L∞ 0.05", "L∞ 0.1"):
+        assert (measured["autoencoders", column] > measured["MLP", column] + 10).all()
+    for control, columns in (("PCA", ("L2 1.5", "L2 2", "L∞ 0.1")), ("1-NN", ("L2 2", "L∞ 0.1"))):
+        for column in columns:
+            assert (measured[control, column] > measured["autoencoders", column]).all()
+    clean = [measured[name, "none"].mean() for name in ("MLP", "autoencoders", "PCA", "1-NN")]
+    assert clean == sorted(clean, reverse=True)
+
+
+@needs_mnist
+def test_answer_checks(measured):
+    for name in ("autoencoders", "PCA", "1-NN", "MLP"):
+        value = {column: measured[name, column].mean() for row, column in measured if row == name}
+        assert value["white-box"] - value["160 steps"] < 3 and value["white-box"] - value["4 restarts"] < 6
+        assert value["transferred"] > value["white-box"] + 15 and value["no gradient"] > value["white-box"] + 15
+        assert value["white-box"] - value["all together"] < 6 and value["white-box, L2 10"] == 0
+
+
+@needs_mnist
+def test_answer_conditions(measured):
+    mean = {key: values.mean() for key, values in measured.items()}
+    for few in ("2 a class", "10 a class", "50 a class"):
+        assert all(mean["PCA", few] > mean[name, few] + 2 for name in ("autoencoders", "1-NN", "MLP"))
+        assert abs(mean["autoencoders", few] - mean["MLP", few]) < 6
+    masked, blocked = "MLP, trained with masks", "half hidden, a block"
+    assert mean["MLP", "half hidden, at random"] < 70 < 90 < mean["autoencoders", "half hidden, at random"]
+    assert abs(mean[masked, "half hidden, at random"] - mean["autoencoders", "half hidden, at random"]) < 4
+    assert (measured["autoencoders", blocked] > measured[masked, blocked]).all()
+    assert all((measured[name, "shortcut that lies"] > measured["MLP", "shortcut that lies"] + 10).all()
+               for name in ("autoencoders", "PCA", "1-NN"))
+
+
+@needs_mnist
+def test_answer_novelty(measured):
+    errors, softmax, bits = "autoencoders, error", "MLP, 1 − highest softmax", "autoencoders, bits − zlib's bits"
+    assert measured[errors, "black"].max() < 0.1 and measured[errors, "bars"].max() < 0.5
+    assert measured[softmax, "black"].min() > 0.95 and measured[softmax, "bars"].min() > 0.9
+    assert (measured[errors, "glued"] > measured[softmax, "glued"]).all()
+    assert measured[bits, "black"].min() > 0.9 and measured[bits, "bars"].min() > 0.9 and measured[bits, "noise"].max() < 0.1
+
+
+def test_every_table_of_figures_has_its_test_and_every_test_its_table():
+    text = ANSWERS.read_text(encoding="utf-8")
+    tests = [name for name in globals() if name.startswith("test_answer_")]
+    assert sorted(re.findall(r"<!-- (test_answer_\w+) -->", text)) == sorted(tests) == sorted(EVIDENCE)
+    for name in tests:
+        assert "measured" in inspect.signature(globals()[name]).parameters and f"`{name}`" in text, name
+    assert "±" not in re.sub(r"<!-- test_answer_\w+ -->.*?<!-- end -->", "", text, flags=re.S), "a figure outside the tables"
+    for picture in re.findall(r'src="(.*?)"', text):
+        assert (HERE / picture).is_file() and f"test_answer_{Path(picture).stem}" in tests
+
+
+@pytest.mark.parametrize("name", EVIDENCE, ids=lambda name: name.removeprefix("test_answer_"))
+def test_a_falsified_figure_is_caught(name):
+    honest = figures(written_table(name))
+    compare(honest, honest)
+    for key, (mean, spread, allowance) in honest.items():
+        # what was measured differs: the figure by more than its spread allows, or the spread by far
+        for falsified in ((mean + 1.1 * allowance, spread), (mean - 1.1 * allowance, spread), (mean, spread + 1.1 * allowance)):
+            if "time" in key[1]:
+                falsified = 2.1 * mean, spread
+            with pytest.raises(AssertionError, match=re.escape(", ".join(key))):
+                compare(honest | {key: (*falsified, allowance)}, honest)
+    shortened = dict(list(honest.items())[1:])
+    with pytest.raises(AssertionError, match="other rows"):
+        compare(shortened, honest)
+
+
+def test_every_reference_is_cited_and_every_citation_has_one():
+    answers, references = ANSWERS.read_text(encoding="utf-8").split("\n## References\n")
+    cited = [int(number) for group in re.findall(r"\[(\d[^\]]*)\]", answers) for number in re.findall(r"\b\d+\b", group)]
+    numbers = [int(number) for number in re.findall(r"(?m)^(\d+)\. ", references)]
+    assert list(dict.fromkeys(cited)) == numbers == list(range(1, len(numbers) + 1))  # in the order of their first citation
 
 
 # ---- The tables in README.md -----------------------------------------------------------------------------------------
