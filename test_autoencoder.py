@@ -1098,7 +1098,7 @@ def figures(lines):
             if cell:
                 mean, _, spread = cell.partition(" ± ")
                 cells[label, column] = float(mean), float(spread or 0), 10.0 ** -len(mean.partition(".")[2])
-    usual = {column: np.median([spread / abs(mean) for (_, c), (mean, spread, _) in cells.items() if c == column and mean])
+    usual = {column: np.median([spread / abs(mean) for (_, c), (mean, spread, _) in cells.items() if c == column and mean] or 0)
              for column in header[1:]}
     return {key: (mean, spread, 3 * max(spread, usual[key[1]] * abs(mean)) + unit)
             for key, (mean, spread, unit) in cells.items()}
@@ -1145,10 +1145,10 @@ def other_features(seed):
 
 
 RANDOM = [ae.draw_settings(trial) for trial in range(1, 10)]
-SENSIBLE = {"784-400-20, no feedback": ae.PLAIN, "**default**, 20 numbers": ae.DEFAULT,
-            **{f"{size} numbers": ae.DEFAULT | {"hid_size": size} for size in (10, 40, 80)},
-            "squared error": ae.DEFAULT | {"loss": "squared"}, "cross-entropy": ae.DEFAULT | {"loss": "cross-entropy"},
-            "penalty on codes, 0.01": ae.DEFAULT | {"regulariser": "code", "strength": 1e-2}}
+SENSIBLE = {"784-400-20, no feedback": ae.PLAIN, "**default**, code of 20": ae.DEFAULT,
+            **{f"code of {size}": ae.DEFAULT | {"hid_size": size} for size in (10, 40, 80)},
+            "loss: squared": ae.DEFAULT | {"loss": "squared"}, "loss: cross-entropy": ae.DEFAULT | {"loss": "cross-entropy"},
+            "code penalty 0.01": ae.DEFAULT | {"regulariser": "code", "strength": 1e-2}}
 SIZES = (250, 500, 1000, 2500, 5000)
 
 
@@ -1222,14 +1222,16 @@ def agreement(names):
 
 @evidence
 def rankings():
-    return agreement([("squared error", "squared error", 0), ("Fréchet after a third of the training", "Fréchet after a third", 0),
+    return agreement([("squared error", "squared error", 0),
+                      ("Fréchet after a third of the training", "Fréchet after a third", 0),
                       ("Fréchet with another seed", "Fréchet", 1)])
 
 
 @evidence
 def metrics():
     return agreement([("kernel distance", "kernel", 0), ("Fréchet on 500 images", "Fréchet, 500 choice", 0),
-                      ("Fréchet in an untrained network", "untrained", 0), ("Fréchet in pixels (64 principal components)", "pixels", 0),
+                      ("Fréchet in an untrained network", "untrained", 0),
+                      ("Fréchet in pixels (64 principal components)", "pixels", 0),
                       ("Fréchet, codes drawn from one Gaussian", "one Gaussian", 0)])
 
 
@@ -1248,13 +1250,14 @@ def searches(replays=500):
         third = criterion("Fréchet after a third", among, seed)
         return best([among[i] for i in third.argsort()[:len(among) // 3]], "Fréchet", seed)
     draw = lambda count: [everything[i] for i in random.choice(len(everything), count, replace=False)]
+    full = "Fréchet", "Fréchet, 5000 confirmation"
     strategies = {  # label → how it chooses, and the score that it goes by, of its own seed and of another
-        "none, 1 setting": (lambda seed: draw(1)[0], ("Fréchet", "Fréchet, 5000 confirmation")),
-        "random, 6 settings": (lambda seed: best(draw(6), "Fréchet", seed), ("Fréchet", "Fréchet, 5000 confirmation")),
+        "none, 1 setting": (lambda seed: draw(1)[0], full),
+        "random, 6 settings": (lambda seed: best(draw(6), "Fréchet", seed), full),
         "random, 6 settings, by squared error": (lambda seed: best(draw(6), "squared error", seed), None),
-        "random, 12 settings, twice the cost": (lambda seed: best(draw(12), "Fréchet", seed), ("Fréchet", "Fréchet, 5000 confirmation")),
-        "halving, 9 settings to 3": (lambda seed: halve(draw(9), seed), ("Fréchet", "Fréchet, 5000 confirmation")),
-        "the 8 sensible": (lambda seed: best(list(SENSIBLE), "Fréchet", seed), ("Fréchet", "Fréchet, 5000 confirmation")),
+        "random, 12 settings, twice the cost": (lambda seed: best(draw(12), "Fréchet", seed), full),
+        "halving, 9 settings to 3": (lambda seed: halve(draw(9), seed), full),
+        "the 8 sensible": (lambda seed: best(list(SENSIBLE), "Fréchet", seed), full),
         "the 8 sensible, on 500 images": (lambda seed: best(list(SENSIBLE), "Fréchet, 500 choice", seed),
                                           ("Fréchet, 500 choice", "Fréchet, 500 confirmation"))}
     rows = {label: [] for label in strategies}
@@ -1301,7 +1304,7 @@ def fooling():
 @evidence
 def fooled():
     rows = {name: [records[name] for records, _ in fooling()] for name in fooling()[0][0]}
-    rows["**default** autoencoder"] = [looked()["**default**, 20 numbers", seed] for seed in SEEDS]
+    rows["**default** autoencoder"] = [looked()["**default**, code of 20", seed] for seed in SEEDS]
     return Table("images", {"Fréchet": 3, "kernel": 4, "Inception score": 2, "coverage": 2, "nearness": 2}, rows,
                  [records[0] for records in rows.values()])
 
@@ -1312,7 +1315,7 @@ def sample_size():
     for n in SIZES:
         rows[f"{n}"] = []
         for seed in SEEDS:
-            default, plain = looked()["**default**, 20 numbers", seed], looked()["784-400-20, no feedback", seed]
+            default, plain = looked()["**default**, code of 20", seed], looked()["784-400-20, no feedback", seed]
             rows[f"{n}"].append(fooling()[seed][1][n] | {"default": default[f"Fréchet, {n} choice"],
                                 "784-400-20": plain[f"Fréchet, {n} choice"], "kernel, default": default[f"kernel, {n}"]})
     return Table("images", {"real": 3, "default": 3, "784-400-20": 3, "kernel, real": 4, "kernel, default": 4}, rows)
@@ -1320,7 +1323,7 @@ def sample_size():
 @needs_mnist
 def test_answer_sensible(measured):
     mean = {key: values.mean() for key, values in measured.items()}
-    codes = ["10 numbers", "**default**, 20 numbers", "40 numbers", "80 numbers"]
+    codes = ["code of 10", "**default**, code of 20", "code of 40", "code of 80"]
     errors, distances = ([mean[name, column] for name in codes] for column in ("squared error", "Fréchet"))
     assert errors == sorted(errors, reverse=True)
     assert distances[1] == min(distances) and distances[3] > 1.1 * distances[1]
@@ -1353,7 +1356,7 @@ def test_answer_metrics(measured):
         assert mean[f"Fréchet in {view}", "rank correlation, random"] > 0.75
         assert mean[f"Fréchet in {view}", "rank correlation, sensible"] < 0.6
     for name, key in (("untrained", "untrained"), ("pixels", "pixels")):
-        assert all(list(SENSIBLE)[criterion(key, SENSIBLE, seed).argmin()] == "80 numbers" for seed in SEEDS), name
+        assert all(list(SENSIBLE)[criterion(key, SENSIBLE, seed).argmin()] == "code of 80" for seed in SEEDS), name
     assert mean["Fréchet, codes drawn from one Gaussian", "rank correlation, sensible"] < 0.6
 
 
@@ -1370,6 +1373,7 @@ def test_answer_fooled(measured):
     of = lambda column: {label: values for (label, c), values in measured.items() if c == column}
     frechet, score, coverage, nearness = map(of, ("Fréchet", "Inception score", "coverage", "nearness"))
     assert (frechet["copies of training digits"] < frechet["**default** autoencoder"]).all()
+    assert (frechet["real, but blurred"] > 3 * frechet["**default** autoencoder"]).all()
     assert nearness["copies of training digits"].max() < 0.01 < 0.5 < min(values.min() for label, values in nearness.items()
                                                                          if not label.startswith("copies"))
     assert frechet["real, but blurred"].mean() == pytest.approx(frechet["real, but no 4"].mean(), rel=0.25)
@@ -1504,9 +1508,9 @@ def doubt(seed):
     nets = fit(make_networks(MEMBERS), label_loss, copies, labels[source], STEPS, DROPOUT)
     first, ensemble = [part[:1] for part in nets], partial(averaged, partial(logits, nets))
     longer = fit(first, label_loss, copies, labels[source], MORE_STEPS, DROPOUT)
+    masked = lambda x: torch.cat([logits(first, x, DROPOUT) for _ in range(MASKS)])
     methods = {"one network, as it is": partial(single, first), "one network": partial(single, first),
-               "one network, trained longer": partial(single, longer),
-               f"MC dropout, {MASKS} masks": partial(averaged, lambda x: torch.cat([logits(first, x, DROPOUT) for _ in range(MASKS)])),
+               "one network, trained longer": partial(single, longer), f"MC dropout, {MASKS} masks": partial(averaged, masked),
                "ensemble of 5": ensemble}
     for name, x in (("clean", images), ("augmented", augment(images, mix=0.5)[0])):
         taught = torch.cat([logits(nets, part).log_softmax(-1).transpose(0, 1) for part in x.split(1000)])  # (n, members, 10)
@@ -1531,7 +1535,8 @@ def doubt(seed):
         record = rows[row] = {"temperature": rate, "accuracy": (log_p["clean"].argmax(-1) == truth).float().mean().item(),
                               "errors": auroc(both[wrong], both[~wrong])}
         for name, where in (("clean", ""), ("turned", ", turned")):
-            record |= {f"NLL{where}": F.cross_entropy(log_p[name], truth).item(), f"ECE{where}": calibration_error(log_p[name], truth)}
+            record |= {f"NLL{where}": F.cross_entropy(log_p[name], truth).item(),
+                       f"ECE{where}": calibration_error(log_p[name], truth)}
         for name in ("glued", "noise"):
             record[name] = auroc(total[name], total["clean"])
             if seen[row][name][1] is not None:
@@ -1847,21 +1852,28 @@ def novelty():
 
 @needs_mnist
 def test_answer_uncertainty(measured):
-    of = lambda row, column: measured[row, column]
-    one, five = "one network", "ensemble of 5"
-    assert (of(one, "ECE") < of("one network, as it is", "ECE") / 1.5).all()
-    assert (of(one, "ECE, turned") > 5 * of(one, "ECE")).all()
-    for column, sign in (("NLL", 1), ("NLL, turned", 1), ("glued", -1)):
-        assert (sign * of(five, column) < sign * of(one, column)).all(), column
+    one, longer, five, masks = "one network", "one network, trained longer", "ensemble of 5", f"MC dropout, {MASKS} masks"
+    student, mean = "distilled Dirichlet, augmented inputs", "distilled mean, augmented inputs"
+    nll, glued, noise = ({row: values for (row, c), values in measured.items() if c == column} for column in ("NLL", "glued", "noise"))
+    assert (measured[one, "ECE"] < measured["one network, as it is", "ECE"] / 1.5).all()
+    assert (measured[one, "ECE, turned"] > 5 * measured[one, "ECE"]).all()
+    assert (nll[five] < nll[student]).all() and (nll[student] < nll[one]).all() and (nll[masks] > nll[one]).all()
+    assert 0.3 < (nll[one] - nll[student]).mean() / (nll[one] - nll[five]).mean() < 0.75
+    assert abs(nll[student] - nll[longer]).mean() < 0.006 and abs(nll[student] - nll[mean]).mean() < 0.003
+    assert (measured[five, "NLL, turned"] < measured[one, "NLL, turned"]).all()
+    assert (glued[five] > glued[student]).all() and (glued[student] > glued[longer]).all()
+    assert abs(glued[longer] - glued[one]).mean() < 0.006 and noise[student].mean() < noise[mean].mean()
 
 
 @needs_mnist
 def test_answer_students(measured):
-    of = lambda row, column: measured[row, column]
-    rest = ("distilled Dirichlet, augmented inputs", "distilled mean, augmented inputs")
-    for column in ("KL, digits", "KL, glued"):
-        for student in rest:
-            assert (2 * of(student, column) < of("distilled Dirichlet, clean inputs", column)).all()
+    student, mean = "distilled Dirichlet, augmented inputs", "distilled mean, augmented inputs"
+    for kind in ("digits", "glued"):
+        divergence, order = ({row: values for (row, c), values in measured.items() if c == f"{column}, {kind}"}
+                             for column in ("KL", "disagreement"))
+        assert all((divergence[row] > 2 * divergence[student]).all()
+                   for row in ("one network, trained longer", "distilled Dirichlet, clean inputs"))
+        assert (order[student] > order["distilled Dirichlet, clean inputs"]).all() and (order[mean] > order[student]).all()
 
 
 @needs_mnist
@@ -1905,6 +1917,45 @@ def test_answer_novelty(measured):
     assert measured[softmax, "black"].min() > 0.95 and measured[softmax, "bars"].min() > 0.9
     assert (measured[errors, "glued"] > measured[softmax, "glued"]).all()
     assert measured[bits, "black"].min() > 0.9 and measured[bits, "bars"].min() > 0.9 and measured[bits, "noise"].max() < 0.1
+
+def test_dirichlet_loss_is_the_divergence_and_its_read_out_what_samples_say():
+    torch.manual_seed(0)
+    z, log_p = torch.randn(2, 6, 10).double(), torch.randn(6, MEMBERS, 10).double().log_softmax(-1)
+    mean = log_p.exp().mean(1)
+    spread = (mean[:, None] * (mean.log()[:, None] - log_p)).sum(-1).mean(1)
+    precision = ((MEMBERS - 1) / MEMBERS * 9 / 2 / spread)[:, None]
+    divergence = torch.distributions.kl_divergence(
+        torch.distributions.Dirichlet(z.exp() + 1), torch.distributions.Dirichlet(precision * mean + 1)) / precision[:, 0]
+    losses = torch.stack([dirichlet_loss(each[None], log_p) for each in z])
+    assert (losses[0] - losses[1]).item() == pytest.approx((divergence[0] - divergence[1]).mean().item())
+    net = [*(torch.zeros(1, *shape) for shape in ((784, 200), (1, 200), (200, 200), (1, 200), (200, 10))), z[:1, :1].float()]
+    log_p, knowledge = dirichlet(net, torch.rand(1, 784))
+    samples = torch.distributions.Dirichlet(z[0, 0].exp() + 1).sample((200_000,))
+    assert torch.allclose(log_p[0].double(), z[0, 0].log_softmax(-1), atol=1e-5)
+    assert knowledge.item() == pytest.approx((entropy(samples.mean(0).log()) - entropy(samples.log()).mean()).item(), rel=0.01)
+
+
+def test_attack_goes_as_far_as_geometry_allows():
+    torch.manual_seed(0)
+    weights, x = torch.randn(784, 10), torch.full((50, 784), 0.5)  # so far inside the range that only the radius binds
+    score = lambda x: x @ weights + torch.arange(10.0)
+    x = x + 0.01 * torch.randn_like(x)
+    scores, labels = score(x), score(x).argmax(1)
+    between = (weights.T[labels][:, None] - weights.T[None]).transpose(1, 2)  # (50, 784, 10)
+    for norm, dual in (("L2", 2), ("L∞", 1)):
+        gaps = (scores.amax(1, keepdim=True) - scores) / between.norm(p=dual, dim=1)
+        distance = gaps.masked_fill(F.one_hot(labels, 10).bool(), torch.inf).amin(1, keepdim=True)
+        assert attack(score, x, labels, 0.98 * distance, norm, 0)[1].all()
+        images, right = attack(score, x, labels, 1.1 * distance, norm, 0, stop=False)
+        assert right.float().mean() < 0.1
+        assert ((images - x).norm(p=2 if norm == "L2" else torch.inf, dim=1) <= 1.1001 * distance[:, 0]).all()
+
+
+def test_scores_of_doubt_have_their_known_values():
+    assert auroc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+    log_p = torch.tensor([[0.8, 0.2]] * 10).log()
+    assert calibration_error(log_p, torch.tensor([0] * 6 + [1] * 4)) == pytest.approx(0.2)
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)
 
 
 def test_every_table_of_figures_has_its_test_and_every_test_its_table():
