@@ -931,13 +931,14 @@ def mean_sd(records: list[dict], key: str, digits: int = 3) -> str:
 
 
 def contact_sheet(records: list[dict], path: Path) -> None:
-    """One row of generated digits for each record, from the top in the order given, each with its Fréchet distance."""
+    """One row of images for each record, from the top in the order given, with its label or else its Fréchet distance."""
     rows = [Image.open(io.BytesIO(base64.b64decode(record["digits"]))) for record in records]
     sheet = Image.new("L", (64 + max(row.width for row in rows), 30 * len(rows)))
     pen = ImageDraw.Draw(sheet)
     for i, (row, record) in enumerate(zip(rows, records)):
         sheet.paste(row, (64, 30 * i + 1))
-        pen.text((4, 30 * i + 8), f"{record['frechet']:.2f}", 255, ImageFont.load_default(size=14))
+        label = record.get("label") or f"{record['frechet']:.2f}"
+        pen.text((4, 30 * i + 8), label, 255, ImageFont.load_default(size=14))
     sheet.save(path)
 
 
