@@ -1530,16 +1530,18 @@ def doubt(seed):
               "noise": torch.rand(2000, 784)}
     seen = {row: {name: [torch.cat(parts) if parts[0] is not None else None for parts in zip(*map(method, x.split(1000)))]
                   for name, x in inputs.items()} for row, method in methods.items()}
-    rows = {}
-    for row, method in methods.items():
-        rates = torch.logspace(-1, 1, 201, base=4).tolist()
-        held_out = method(valid)[0]
+
+    def calibrated(row):
+        """log p of all inputs at the row's own temperature."""
+        held_out, rates = methods[row](valid)[0], torch.logspace(-1, 1, 201, base=4).tolist()
         rate = 1.0 if row.endswith("as it is") else min(rates, key=lambda t: F.cross_entropy(held_out / t, valid_labels).item())
-        log_p = {name: (p / rate).log_softmax(-1) for name, (p, _) in seen[row].items()}
+        return {name: (p / rate).log_softmax(-1) for name, (p, _) in seen[row].items()}
+    predicted, rows = {row: calibrated(row) for row in methods}, {}
+    for row, log_p in predicted.items():
         total = {name: entropy(p) for name, p in log_p.items()}
         wrong = torch.cat([log_p[name].argmax(-1) != truth for name in ("clean", "turned")])
         both = torch.cat([total["clean"], total["turned"]])
-        record = rows[row] = {"temperature": rate, "accuracy": (log_p["clean"].argmax(-1) == truth).float().mean().item(),
+        record = rows[row] = {"accuracy": (log_p["clean"].argmax(-1) == truth).float().mean().item(),
                               "errors": auroc(both[wrong], both[~wrong])}
         for name, where in (("clean", ""), ("turned", ", turned")):
             record |= {f"NLL{where}": F.cross_entropy(log_p[name], truth).item(),
@@ -1551,9 +1553,10 @@ def doubt(seed):
         record["passes"] = {f"MC dropout, {MASKS} masks": MASKS, "ensemble of 5": MEMBERS}.get(row, 1)
         if row.startswith("distilled") or row.endswith("longer"):
             for name, where in (("clean", "digits"), ("glued", "glued")):
-                (p, own), (q, spread) = seen[row][name], seen["ensemble of 5"][name]
+                p, q, own = log_p[name], predicted["ensemble of 5"][name], seen[row][name][1]
                 record[f"KL, {where}"] = (q.exp() * (q - p)).sum(-1).mean().item()
-                record[f"disagreement, {where}"] = rank_correlation(total[name] if own is None else own, spread)
+                record[f"disagreement, {where}"] = rank_correlation(total[name] if own is None else own,
+                                                                    seen["ensemble of 5"][name][1])
 
     times = {row: [] for row in methods}
     for repeat in range(6):
@@ -1878,13 +1881,14 @@ def test_answer_uncertainty(measured):
 
 @needs_mnist
 def test_answer_students(measured):
-    student, mean = "distilled Dirichlet, augmented inputs", "distilled mean, augmented inputs"
+    student, mean, clean = (f"distilled {name} inputs" for name in ("Dirichlet, augmented", "mean, augmented", "Dirichlet, clean"))
+    longer = "one network, trained longer"
     for kind in ("digits", "glued"):
         divergence, order = ({row: values for (row, c), values in measured.items() if c == f"{column}, {kind}"}
                              for column in ("KL", "disagreement"))
-        assert all((divergence[row] > 2 * divergence[student]).all()
-                   for row in ("one network, trained longer", "distilled Dirichlet, clean inputs"))
-        assert (order[student] > order["distilled Dirichlet, clean inputs"]).all() and (order[mean] > order[student]).all()
+        assert (divergence[longer] > 1.2 * divergence[student]).all() and (divergence[clean] > 2 * divergence[student]).all()
+        assert (order[student] > order[clean]).all() and (order[mean] > order[student]).all()
+        assert (order[longer] > order[student] - 0.03).all()
 
 
 @needs_mnist
