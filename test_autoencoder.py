@@ -505,7 +505,8 @@ def test_work_refuses_a_model_that_is_merely_linear(small_work, monkeypatch, cap
 
 
 @needs_mnist
-def test_work_on_mnist_reaches_what_the_readme_says(tmp_path, capsys):
+def test_work_answers_for_what_the_readme_says_of_mnist(tmp_path, capsys):
+    """A whole training, a minute: the name keeps it out of the quick part, `-k "not answer"`."""
     ae.test_work(data=MNIST_FOLDER, pics=tmp_path)
     out = capsys.readouterr().out
     error, linear = map(float, re.search(r"test images: ([\d.]+), .*: ([\d.]+)", out).groups())
