@@ -1134,9 +1134,14 @@ def splits():
 
 
 @cache
+def features(seed):
+    return ae.train_features(*splits().features, seed)
+
+
+@cache
 def reference(seed, split="choice"):
     """Held-out images, and the features of a network trained with this seed."""
-    return ae.Reference(ae.train_features(*splits().features, seed), getattr(splits(), split)[0], splits().train[0])
+    return ae.Reference(features(seed), getattr(splits(), split)[0], splits().train[0])
 
 
 @cache
@@ -1268,12 +1273,12 @@ def searches(replays=500):
     for label, (choose, scores) in strategies.items():
         for pair in itertools.combinations(SEEDS, 2):
             reached, excess = [], []
-            for chooser, judge in (pair, pair[::-1]):
+            for chooser, fresh in (pair, pair[::-1]):
                 for _ in range(replays if "sensible" not in label else 1):
                     choice = choose(chooser)
-                    reached.append(looked()[choice, judge]["Fréchet, 5000 confirmation"])
+                    reached.append(looked()[choice, fresh]["Fréchet, 5000 confirmation"])
                     if scores:
-                        excess.append(np.log(looked()[choice, judge][scores[1]] / looked()[choice, chooser][scores[0]]))
+                        excess.append(np.log(looked()[choice, fresh][scores[1]] / looked()[choice, chooser][scores[0]]))
             record = {"Fréchet of the choice, afresh": np.mean(reached)}
             rows[label].append(record | ({"afresh ÷ as chosen": np.exp(np.mean(excess))} if scores else {}))
     return Table("search", {"Fréchet of the choice, afresh": 3, "afresh ÷ as chosen": 2}, rows)
@@ -1324,6 +1329,7 @@ def sample_size():
                                 "784-400-20": plain[f"Fréchet, {n} choice"], "kernel, default": default[f"kernel, {n}"]})
     return Table("images", {"real": 3, "default": 3, "784-400-20": 3, "kernel, real": 4, "kernel, default": 4}, rows)
 
+
 @needs_mnist
 def test_answer_sensible(measured):
     mean = {key: values.mean() for key, values in measured.items()}
@@ -1361,8 +1367,8 @@ def test_answer_metrics(measured):
     for view in ("an untrained network", "pixels (64 principal components)"):
         assert mean[f"Fréchet in {view}", "rank correlation, random"] > 0.75
         assert mean[f"Fréchet in {view}", "rank correlation, sensible"] < 0.6
-    for name, key in (("untrained", "untrained"), ("pixels", "pixels")):
-        assert all(list(SENSIBLE)[criterion(key, SENSIBLE, seed).argmin()] == "code of 80" for seed in SEEDS), name
+    for view in ("untrained", "pixels"):
+        assert all(list(SENSIBLE)[criterion(view, SENSIBLE, seed).argmin()] == "code of 80" for seed in SEEDS), view
     assert mean["Fréchet, codes drawn from one Gaussian", "rank correlation, sensible"] < 0.6
 
 
@@ -1387,6 +1393,7 @@ def test_answer_fooled(measured):
     assert frechet["real, but blurred"].mean() == pytest.approx(frechet["real, but no 4"].mean(), rel=0.25)
     assert (coverage["real, but no 4"] < coverage["real, but blurred"] - 0.05).all()
     assert all((score["ten real digits, 500 times each"] > values).all() for label, values in score.items() if "ten" not in label)
+
 
 # Other 1: uncertainty. Networks are lists of weights and biases, with a leading dimension for members side by side.
 
@@ -1416,10 +1423,10 @@ def fit(start, loss, inputs, targets, steps, dropout=0.0, batch=100):
     optimizer = torch.optim.Adam(net, lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for step in range(steps):
-        start = step * batch % len(inputs)
-        if start == 0:
+        begin = step * batch % len(inputs)
+        if begin == 0:
             order = torch.stack([torch.randperm(len(inputs)) for _ in range(members)])
-        picked = order[:, start:start + batch]
+        picked = order[:, begin:begin + batch]
         optimizer.zero_grad()
         loss(logits(net, inputs[picked], dropout), targets[picked]).backward()
         optimizer.step()
@@ -1588,6 +1595,7 @@ def students():
     columns = {"KL, digits": 3, "KL, glued": 3, "disagreement, digits": 2, "disagreement, glued": 2, "noise, knowledge": 2}
     rows = {row: records for row, records in doubted().items() if "KL, digits" in records[0]}
     return Table("network", columns, {"the ensemble itself": doubted()["ensemble of 5"]} | rows)
+
 
 # Other 3: robustness. A generative classifier explains an image (n, 784) once for each class, (n, 10, 784), and chooses the
 # class whose explanation is closest: that of an autoencoder, of principal components, or the nearest training image.
@@ -1865,6 +1873,7 @@ def conditions():
 def novelty():
     return robustness_table("novelty", "score", {kind: 2 for kind in ("black", "grey", "white", "noise", "bars", "glued")})
 
+
 @needs_mnist
 def test_answer_uncertainty(measured):
     one, longer, five, masks = "one network", "one network, trained longer", "ensemble of 5", f"MC dropout, {MASKS} masks"
@@ -1933,6 +1942,7 @@ def test_answer_novelty(measured):
     assert measured[softmax, "black"].min() > 0.95 and measured[softmax, "bars"].min() > 0.9
     assert (measured[errors, "glued"] > measured[softmax, "glued"]).all()
     assert measured[bits, "black"].min() > 0.9 and measured[bits, "bars"].min() > 0.9 and measured[bits, "noise"].max() < 0.1
+
 
 def test_dirichlet_loss_is_the_divergence_and_its_read_out_what_samples_say():
     torch.manual_seed(0)
