@@ -6,8 +6,8 @@
     image 784 → 144 → 288 → code 20 → 288 → 288 → image 784
 
 Reached on MNIST with the defaults, over 3 seeds: mean squared error per pixel on the test images 0.00484 ±
-0.00003, against 0.0235 for the best linear code of the same size and 0.0072 for a plain recipe, in 0.31 of that
-recipe's time (42 seconds from start to end on two cores). README.md says how this was measured.
+0.00003, against 0.0235 for the best linear code of the same size and 0.0072 for a plain recipe, in 0.31 of its
+time (42 seconds from start to end on two cores). README.md says how this was measured.
 
 In reading order: model and objective, data, training and the test function, which are the task; what these
 rely on; generating digits, measuring how natural they are, and the search; the command line.
