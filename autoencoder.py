@@ -420,7 +420,8 @@ def read_mnist(folder: str | Path) -> list[Tensor]:
     for path in (Path(folder) / "MNIST" / "raw" / name for name in FILES):
         try:
             if "images" in path.name:
-                parts.append(mnist.read_image_file(str(path)).view(-1, 1, 28, 28) / 255)
+                images = mnist.read_image_file(str(path))
+                parts.append(images.view(len(images), 1, 28, 28) / 255)
             else:
                 parts.append(mnist.read_label_file(str(path)).view(len(parts[-1])))
         except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -471,7 +472,7 @@ def pick_device(name: str, place: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         if name == "cuda":
-            name = f"cuda:{place % torch.cuda.device_count()}"
+            name = f"cuda:{place % max(1, torch.cuda.device_count())}"
         return torch.empty(0, device=name).device
     except Exception as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
