@@ -504,14 +504,13 @@ def fit_density(codes: Tensor, responsibilities: Tensor, steps: int = 0) -> Dens
         means = r.T @ x / counts[:, None]  # (k, h)
         moments = (r.T @ products / counts[:, None]).view(-1, *ridge.shape)  # (k, h, h)
         factors = torch.linalg.cholesky(moments - means[:, :, None] * means[:, None, :] + ridge)
-        density = Density(*(part.float() for part in (counts / counts.sum(), means, factors)))
         if step < steps:  # log N(x) = x·P μ − x·P x / 2 + constant for the precision P, as matrix products
             precisions = torch.cholesky_inverse(factors)  # (k, h, h)
             pulls = torch.einsum("kij,kj->ki", precisions, means)  # (k, h)
             volumes = factors.diagonal(dim1=1, dim2=2).log().sum(1)  # (k,)
             constants = counts.log() - volumes - (pulls * means).sum(1) / 2
             r = (x @ pulls.T - products @ precisions.flatten(1).T / 2 + constants).softmax(1)  # (n, k)
-    return density
+    return Density((counts / counts.sum()).float(), means.float(), factors.float())
 
 
 @torch.no_grad()
@@ -613,7 +612,8 @@ class Reference:
 
     def __init__(self, features: Features, images: Tensor, train_images: Tensor):
         self.features, self.images, self.train_images = features, images, train_images
-        self.hidden = self.features.hidden(images)  # (n, 64)
+        self.hidden = features.hidden(images)  # (n, 64)
+        self.labels = features.classify(self.hidden).argmax(1)  # (n,)
         self.every = max(1, len(images) // 250)  # 250 images are enough for a median
         self.nearest = nearest_distance(images[::self.every], train_images)
 
@@ -624,9 +624,9 @@ class Reference:
         digits and 0 for copies (after Meehan et al. 2020, arXiv:2004.05675).
         """
         hidden = self.features.hidden(images)
-        labels, real_labels = (self.features.classify(h).argmax(1) for h in (hidden, self.hidden))
+        labels = self.features.classify(hidden).argmax(1)
         return {"frechet": frechet_distance(hidden, self.hidden),
-                "overlap": class_overlap(labels, real_labels),
+                "overlap": class_overlap(labels, self.labels),
                 "ratio": nearest_distance(images[::self.every], self.train_images) / self.nearest}
 
     def baseline(self, size: int = 20) -> dict:
@@ -755,6 +755,7 @@ class Bench:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off
                 record = json.loads(line)
                 self.done[record["job"]] = record
+        self._exchange()
 
     @functools.cache  # made when first needed: the test images stay closed until the end
     def reference(self, split: str) -> Reference:
@@ -764,7 +765,6 @@ class Bench:
         """`candidates`, name → settings, trained for `epochs` with each seed: name → records on `split`."""
         jobs = {f"{stage} {name} seed {seed}": (name, settings, seed)
                 for name, settings in candidates.items() for seed in seeds}
-        self._exchange()
         todo = sorted(jobs.keys() - self.done.keys(), key=lambda job: (-cost(jobs[job][1]), job))
         for number in range(self.rank, len(todo), self.processes):  # the dearest first, dealt out like cards
             job, (_, settings, seed) = todo[number], jobs[todo[number]]

@@ -1063,8 +1063,7 @@ RESULTS = {}  # (experiment, job) → what it returned
 
 @functools.cache
 def processes():
-    count = min(len(os.sched_getaffinity(0)), 8) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = multiprocessing.get_context("spawn").Pool(count, torch.set_num_threads, (1,))
+    pool = multiprocessing.get_context("spawn").Pool(min(ae.usable_cores(), 8), torch.set_num_threads, (1,))
     atexit.register(pool.terminate)
     return pool
 
@@ -1133,6 +1132,15 @@ def written_table(name):
 TOLERANCE = "other seeds, ±"  # the last row of a table: how far other seeds move a figure, as 0.01 or as 5 %
 
 
+def figure(cell):
+    return float(cell.replace(",", "").replace("−", "-"))
+
+
+def allowance(value, limit):
+    """How far other seeds may move a written `value`, by the last row of its column."""
+    return abs(value) * float(limit[:-1]) / 100 if limit.endswith("%") else float(limit)
+
+
 def differences(written, measured):
     """What is written (row, column) → cell and is not what was measured, row → column → value: a list of sentences."""
     expected = {(row, column) for row, cells in measured.items() for column in cells}
@@ -1140,8 +1148,8 @@ def differences(written, measured):
     wrong = [f"{key} is only in the table" for key in found - expected] + [
         f"{key} is not in the table" for key in expected - found]
     for row, column in found & expected:
-        cell, limit = float(written[row, column].replace(",", "").replace("−", "-")), written[TOLERANCE, column]
-        allowed = abs(cell) * float(limit[:-1]) / 100 if limit.endswith("%") else float(limit)
+        cell = figure(written[row, column])
+        allowed = allowance(cell, written[TOLERANCE, column])
         if not abs(cell - measured[row][column]) <= allowed + 1e-12:
             wrong.append(f"{row}, {column}: {cell} ± {allowed:.2g} is written, {measured[row][column]:.4g} was measured")
     return wrong
@@ -1199,7 +1207,7 @@ def views(seed):
     few = ae.train_features(images[:1000], labels[:1000], seed, 20)
     torch.manual_seed(seed)
     untrained = ae.Features().eval().requires_grad_(False)
-    directions = torch.linalg.eigh(torch.cov(splits().train[0].T).double()).eigenvectors[:, -64:].float()
+    directions, _ = ae.principal_components(splits().train[0], 64)
     return {"10,000 labels": classifier(seed).hidden, "1,000 labels": few.hidden, "untrained": untrained.hidden,
             "pixels": lambda images: images @ directions}
 
@@ -1558,7 +1566,6 @@ def test_answer_autoencoder2_images(judged_sets):
     written, tolerance = stated("b is # (± #)")
     assert abs(paper - written) <= tolerance
     values = stated("On paper # at 250 images a side, # at 1,000, # at 5,000; measured #, #, #")
-    print("BIAS", {n: v.mean() for n, v in measured.items()}, paper)
     for n, on_paper, found in zip((250, 1000, 5000), values[:3], values[3:]):
         assert abs(on_paper * n / written - 1) < 0.03 and abs(measured[n].mean() / found - 1) < 0.25
         assert abs(found / on_paper - 1) < 0.3
@@ -2527,9 +2534,7 @@ def log_mean(log_p):
 
 def change(x, labels, seed):
     """Images that are not MNIST's: drawn, glued halves of two classes, thickened strokes, shuffled pixels."""
-    half = len(x) // 2
-    glued = torch.cat([x[:half, :392], x[half:, 392:]], dim=1)[labels[:half] != labels[half:]]
-    return {"drawn": ae.draw_digits(len(x), seed)[0].flatten(1), "glued": glued,
+    return {"drawn": ae.draw_digits(len(x), seed)[0].flatten(1), "glued": stack_halves(x, labels),
             "thick": F.max_pool2d(x.view(-1, 1, 28, 28), 3, 1, 1).flatten(1),
             "shuffled": x.gather(1, torch.rand_like(x).argsort(1))}
 
@@ -2763,12 +2768,11 @@ def test_a_falsified_figure_is_caught(name):
     measured = {}
     for (row, column), cell in written.items():
         if cell and row != TOLERANCE:
-            measured.setdefault(row, {})[column] = float(cell.replace(",", "").replace("−", "-"))
+            measured.setdefault(row, {})[column] = figure(cell)
     assert not differences(written, measured)
     for row, cells in measured.items():
         for column, value in cells.items():
-            limit = written[TOLERANCE, column]
-            allowed = abs(value) * float(limit[:-1]) / 100 if limit.endswith("%") else float(limit)
+            allowed = allowance(value, written[TOLERANCE, column])
             false = measured | {row: cells | {column: value + 1.1 * allowed + 1e-9}}
             assert len(differences(written, false)) == 1, (row, column)
     row = next(iter(measured))
