@@ -465,7 +465,8 @@ def test_the_simplest_within_one_standard_error_is_chosen(near, cost, chosen):
 def test_missing_classes_copies_and_divergence_rank_last(judged):
     good, copies, missing = ({"frechet": frechet, "ratio": ratio, "overlap": overlap}
                              for frechet, ratio, overlap in ((9, 1.0, 0.95), (0, 0.0, 0.95), (1, 1.0, 0.5)))
-    diverged = ae.run_trial(ae.DEFAULT | {"lr": 1e30}, 0, 0.2, ae.Splits(FONT_DIGITS), judged[0])
+    diverging = ae.DEFAULT | {"lr": 1e30, "loss": "cross-entropy"}
+    diverged = ae.run_trial(diverging, 0, 0.2, ae.Splits(FONT_DIGITS), judged[0])
     assert sorted([diverged, missing, good, copies], key=ae.rank_key) == [good, copies, missing, diverged]
 
 
@@ -946,6 +947,7 @@ def test_answer_autoencoder1_luck(studied):
     sigma, _, needed, shown = stated("σ is # % (± #): # trainings of each show a gap of 5 %, three of each, "
                                      "with a t-test, only one of # %")
     assert needed == pytest.approx(2 * (1.96 + 0.84) ** 2 * (sigma / 5) ** 2, rel=0.05)
+    assert stated("within # % a tie") == pytest.approx([2.776 * (2 / 3) ** 0.5 * sigma], rel=0.05)
     assert shown == pytest.approx((2.776 + 0.941) * (2 / 3) ** 0.5 * sigma, rel=0.05)  # Student's t
 
 
@@ -981,7 +983,7 @@ def test_answer_autoencoder2_judged(studied):
     real, blurred, dim, glued, without_4, copies, moved, default = score
     least = stated("at least # and # times the distance of the autoencoder's")
     for row, times in zip((blurred, dim), least):
-        assert_claim(row, np.log(score[row] / score[default]), above=np.log(times))
+        assert_each(score[row] / score[default], above=times)
     for row in (real, glued, copies):
         assert (score[row] < score[default]).all(), row
     assert_claim("density sides with the eye", density[blurred] - density[default], above=0)
@@ -1364,8 +1366,8 @@ def test_answer_uncertainty_knowledge(measure):
     assert_each(np.abs(gains(records, "rank correlation, upright", RECIPE, "of entropy, upright")), below=gap)
     longer, times, behind = stated(
         "The student's NLL exceeds the rival's by at most #; turned, the rival leads in the table. The rival "
-        "ranks a digit above noise at least # times as often. Its entropy, and that of a network twice as wide, "
-        "follows at least # worse on average.")
+        "ranks a digit above noise, which only the student met, at least # times as often. Its entropy, and "
+        "that of a network twice as wide, follows at least # worse on average.")
     assert_each(gains(records, "NLL", rival), below=longer)
     noise = [[1 - record[row]["AUROC, noise"] for row in (rival, RECIPE)] for record in records]
     assert_each([theirs / ours for theirs, ours in noise], above=times)
@@ -1754,7 +1756,8 @@ def test_answer_robustness_models(measure):
         assert_claim(f"nearest neighbours, proven, ahead of {weaker}", proven - attacked(weaker), above=10)
     assert_claim("search", searched - attacked("autoencoders"), above=10)
     check_stated("They keep # points more", searched - attacked("autoencoders"), within=10)
-    assert_claim("adversarial training", attacked("MLP, adversarially trained") - searched, above=-10)
+    [less] = stated("gives an MLP about as much, with every seed at most # points less")
+    assert_each(attacked("MLP, adversarially trained") - searched, above=-less)
 
 
 def test_answer_robustness_novelty(measure):
@@ -1776,7 +1779,7 @@ def test_answer_robustness_novelty(measure):
     assert_claim("1s cost less than known digits", bits(1, "sum") - bits(1, "known"), below=0)
     assert_claim("as foreign", divergence(1) - divergence(5), above=-20, below=30)
     gap = np.mean([abs(bits(digit, "sum") / bits(digit, "real") - 1) for digit in range(10)], axis=0)
-    assert_claim("samples predict the cost of digits", gap, below=stated("within # % on average")[0] / 100)
+    assert_claim("samples predict the cost of digits", gap, below=stated("# % or less on average")[0] / 100)
 
 
 def test_answer_robustness_shortcuts(measure):
