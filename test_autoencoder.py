@@ -60,8 +60,8 @@ def load(images, batch_size=5, kind=DataLoader, **options):
 
 # ---- The model, its objective, its training ------------------------------------------------------
 
-@pytest.mark.parametrize("settings", [{}, {"refinements": 0}, {"refinements": 2, "width": 1}, {"depth": 1},
-                                      {"depth": 2, "width": 800}, {"dropout": 0.5}])
+@pytest.mark.parametrize("settings", [{}, {"refinements": 0}, {"refinements": 2}, {"width": 1},
+                                      {"depth": 1}, {"depth": 2, "width": 800}, {"dropout": 0.5}])
 def test_model_keeps_the_limits_and_is_its_formula(settings):
     """Linear layers with SiLU between; a refinement moves the code by what comes back different."""
     def through(side, x):
