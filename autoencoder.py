@@ -12,6 +12,7 @@ First the task: model, data, training, test function. Then what these rely on, t
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -114,8 +115,8 @@ class AutoEncoder(nn.Module):
     def loss_function(self, recon_x: Tensor, x: Tensor) -> Tensor:
         """The objective on one batch, both arguments (batch, inp_size) → a scalar to back-propagate.
 
-        The task's is L(X) = Σ_i ‖x_i − D(E(x_i))‖₂ + λ (‖φ‖₁ + ‖θ‖₁), φ of D and θ of E, λ = 0 by default.
-        A step has its images' part of the sum, and the whole penalty.
+        The task's is L(X) = Σ_i ‖x_i − D(E(x_i))‖₂ + λ (‖φ‖₁ + ‖θ‖₁), φ of D and
+        θ of E; λ = 0 by default. A step has its images' part of the sum, and the whole penalty.
         """
         loss, strength = LOSSES[self.settings["loss"]](recon_x, x), self.settings["strength"]
         if not strength:
@@ -262,7 +263,7 @@ def evaluate(model: nn.Module, loader: DataLoader) -> tuple[float, float]:
 
 def test_work(data: str | Path = "data", pics: str | Path = "pics", epochs: int = 10, seed: int = 0,
               device: str = "auto", lr: float = DEFAULT["lr"], **settings) -> None:
-    """The provided test: train an autoencoder on MNIST and print `Success!🎉` if it keeps to the task's limits
+    """The provided test: train an autoencoder on MNIST, print `Success!🎉` if it keeps to the task's limits
     and beats, on the test images, the best linear code of its size. An AssertionError names what failed."""
     start = time.perf_counter()
     ensure_writable(pics, "--pics")
@@ -481,7 +482,7 @@ def generate(model: nn.Module, density: Density, count: int, seed: int = 0) -> T
 
 
 class Features(nn.Sequential):
-    """A small classifier of digits, (n, 784) → logits (n, 10), whose last hidden layer gives 64 features."""
+    """A small classifier of digits, (n, 784) → logits (n, 10); its last hidden layer has 64 features."""
 
     def __init__(self):
         super().__init__()
@@ -672,24 +673,24 @@ class Bench:
                 record = json.loads(line)
                 self.done[record["job"]] = record
 
+    @functools.cache
     def reference(self, split: str) -> Reference:
-        """Made when needed: the test images stay closed until the end."""
+        """Made when first needed: the test images stay closed until the end."""
         images, _ = getattr(self.splits, split)
         return Reference(self.features, images, self.splits.train[0])
 
     def run(self, stage: str, split: str, epochs: float, candidates: dict, seeds: list[int]) -> dict:
-        """`candidates`, name → settings, trained for `epochs` with each seed: name → records on `split`."""
+        """`candidates`, name → settings, trained for `epochs` with each seed: name → records."""
         jobs = {f"{stage} {name} seed {seed}": (name, seed) for name in candidates for seed in seeds}
         self._exchange()
         todo = sorted(jobs.keys() - self.done.keys(), key=lambda job: (-cost(candidates[jobs[job][0]]), job))
-        reference = self.reference(split)
         rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for number in range(rank, len(todo), processes):  # the dearest first, dealt out like cards
             job = todo[number]
             name, seed = jobs[job]
             record = {"job": job, "name": name, "settings": candidates[name], "seed": seed, "epochs": epochs,
                       "split": split}
-            record |= run_trial(candidates[name], seed, epochs, self.splits, reference)
+            record |= run_trial(candidates[name], seed, epochs, self.splits, self.reference(split))
             self.done[job] = record
             with open(self.path, "ab") as file:  # the first end of line closes a line that was cut off
                 file.write(f"\n{json.dumps(record)}\n".encode())
@@ -790,7 +791,7 @@ def print_table(tested: dict, bench: Bench, name: str) -> None:
 
 
 def contact_sheet(records: list[dict], path: Path) -> None:
-    """A row of generated digits for each record, in the order given, behind its name and Fréchet distance."""
+    """A row of generated digits for each record, as given, behind its name and Fréchet distance."""
     sheet = Image.new("L", (64 + 20 * 28, 30 * len(records)))
     for top, record in zip(range(0, sheet.height, 30), records):
         sheet.paste(Image.frombytes("L", (20 * 28, 28), bytes.fromhex(record["digits"])), (64, top + 1))

@@ -632,8 +632,8 @@ def test_import_has_no_side_effects(tmp_path):
 
 # ==== The evidence of the answers =================================================================
 #
-# ANSWERS.md states figures and claims; the tests named test_answer_… measure them again. Tools first, then a
-# section for each question: its experiments, its claims, its unit tests.
+# ANSWERS.md states figures and claims; the tests named test_answer_… measure them again. Tools first, then
+# a section for each question: its experiments, its claims, its unit tests.
 
 ANSWERS = HERE / "ANSWERS.md"
 SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0,1,2").split(",")]  # of all that is random
@@ -868,8 +868,8 @@ def density_and_coverage(real, radii, generated, k=5):
 def frechet_bias(features):
     """b: two samples of n from a Gaussian with the features' covariance C are b / n apart on average.
 
-    To first order in 1/n: 2 tr C from the means, ½ Σ n E[Δ_ij²] / (λ_i + λ_j) from the difference Δ of the
-    covariances, where n E[Δ_ij²] = 2 λ_i λ_j (1 + [i = j]) in the eigenvectors of C, of eigenvalues λ.
+    To first order in 1/n: 2 tr C from the means, ½ Σ n E[Δ_ij²] / (λ_i + λ_j) from the difference Δ
+    of the covariances, where n E[Δ_ij²] = 2 λ_i λ_j (1 + [i = j]) in the eigenvectors of C (values λ).
     """
     values = torch.linalg.eigvalsh(torch.cov(features.double().T)).clamp(min=1e-12)
     pairs = values.outer(values) / (values + values[:, None])
@@ -945,8 +945,8 @@ def test_answer_autoencoder1_luck(studied):
     assert_each(excess, above=0)
     assert stated("#σ for n = 2, #σ for 4, #σ for 27") == [round(-least_of(n), 2) for n in (2, 4, 27)]
     check_means("σ is # % (± #)", every)
-    sigma, _, needed, shown = stated("σ is # % (± #): # trainings of each show a gap of 5 %, three of each, "
-                                     "with a t-test, only one of # %")
+    sigma, _, needed, shown = stated("σ is # % (± #): # trainings of each show a gap of 5 %, three of "
+                                     "each, with a t-test, only one of # %")
     assert needed == pytest.approx(2 * (1.96 + 0.84) ** 2 * (sigma / 5) ** 2, rel=0.05)
     assert stated("within # % a tie") == pytest.approx([2.776 * (2 / 3) ** 0.5 * sigma], rel=0.05)
     assert shown == pytest.approx((2.776 + 0.941) * (2 / 3) ** 0.5 * sigma, rel=0.05)  # Student's t
@@ -1203,7 +1203,7 @@ def share_loss(z, target):
 
 
 def dirichlet_loss(z, target):
-    """KL(Dir(α) ‖ Dir(β)) / β₀ and a constant: α = exp(z) + 1, β = β₀ p̄ + 1 (Ryabinin et al. 2021)."""
+    """KL(Dir(α) ‖ Dir(β)) / β₀ + constant: α = exp(z) + 1, β = β₀ p̄ + 1 (Ryabinin 2021)."""
     precision = (9 / (2 * target[..., 10].clamp(min=1e-9))).clamp(max=1e4)
     alpha = z.exp() + 1
     expected = alpha.digamma() - alpha.sum(-1, keepdim=True).digamma()
@@ -1212,7 +1212,7 @@ def dirichlet_loss(z, target):
 
 
 def teach(net, weights, x, labels):
-    """At x: mean p, members' p (both blended with `labels`), knowledge, data, Σ p̄ (ln p̄ − mean ln p)."""
+    """Mean p, members' p (both blended with `labels`), knowledge, data, Σ p̄ (ln p̄ − mean ln p)."""
     parts = []
     for part in x.split(1000):
         log_p = sampled(net, weights, part).log_softmax(-1)
@@ -1381,8 +1381,8 @@ def test_answer_uncertainty_sets(measure):
     missed, turned, classes = (np.array([record[column] for record in records])
                                for column in ("missed", "missed, turned", "size"))
     percent, near, size, size_near, times = stated(
-        "They hold the true class of # ± # % of upright digits, with # ± # classes each; of turned ones they "
-        "miss at least # times as many.")
+        "They hold the true class of # ± # % of upright digits, with # ± # classes each; of turned ones "
+        "they miss at least # times as many.")
     assert 100 - 100 * missed.mean() == pytest.approx(percent, abs=near)
     assert classes.mean() == pytest.approx(size, abs=size_near)
     assert_each(turned / missed, above=times)
