@@ -38,14 +38,9 @@ torch.set_num_threads(1)  # threads of two busy processes spin for each other
 
 HERE = Path(__file__).resolve().parent
 MNIST_FOLDER = HERE / "data"
-needs_mnist = pytest.mark.skipif(
-    not all((MNIST_FOLDER / "MNIST" / "raw" / name).is_file() for name in ae.FILES),
-    reason="MNIST is not in the folder data: `python autoencoder.py` downloads it")
 FONT_DIGITS = ae.Data(*ae.draw_digits(3000, 1), *ae.draw_digits(500, 2), "drawn digits, not MNIST")
-IMAGES, NONE, INDEX = torch.rand(400, 1, 28, 28), torch.zeros(0, 1, 28, 28), torch.tensor([250])
-SUCCESS = "Success!🎉 (drawn digits, not MNIST)"
+IMAGES, INDEX = torch.rand(400, 1, 28, 28), torch.tensor([250])
 STREAM = type("Stream", (DataLoader,), {"__len__": None})  # a loader that does not know its length
-UNTRAINED = {"train": Mock(), "pca_error": Mock(return_value=0.02)}
 fail = Mock(side_effect=TypeError("no such layer"))
 
 
@@ -75,35 +70,29 @@ def test_model_keeps_the_limits_and_is_its_formula(settings):
     h = through("encoder", x)
     for _ in range(settings.get("refinements", 1)):
         h = h + through("encoder", x) - through("encoder", through("decoder", h).sigmoid())
-    assert_close([model.encode(x), model.decode(h)], [h, through("decoder", h).sigmoid()])
-    assert_close(model(x), model.decode(h))
+    assert_close([model.encode(x), model(x)], [h, through("decoder", h).sigmoid()])
 
 
 @pytest.mark.parametrize("document", ["autoencoder.py", "README.md"])
 def test_documents_state_the_architecture(document):
     """As 784-144-288-20-288-288-784, or with arrows and words between the numbers."""
-    layers = dict(ae.AutoEncoder(784, 20).named_children())
-    sizes = [784, *(layers[f"{side}{i}"].out_features for side in ("encoder", "decoder") for i in range(3))]
+    sizes = re.findall(r"out_features=(\d+)", str(ae.AutoEncoder(784, 20)))  # of encoder and decoder in turn
     text = re.sub(r"[^\d\n]+", "-", (HERE / document).read_text(encoding="utf-8"))
-    assert "-".join(map(str, sizes)) in text
+    assert "-".join(["784", *sizes[::2], *sizes[1::2]]) in text
 
 
 @pytest.mark.parametrize("name, value, allowed", [
     ("loss", "mse", "euclidean, squared, absolute, cross-entropy"), ("regulariser", None, "l1, l2, code"),
-    ("strength", math.nan, "number from 0"), ("depth", 4, "from 1 to 3"), ("depth", 2.0, "whole number"),
-    ("width", 0, "from 1 to 800"), ("hid_size", 0, "from 1"), ("feedback", 1, "refinements"),
-    ("lr", 1e-3, "only loss")])
+    ("strength", math.nan, "number from 0"), ("depth", 2.0, "whole number"), ("width", 0, "from 1 to 800"),
+    ("hid_size", 0, "from 1"), ("feedback", 1, "refinements"), ("lr", 1e-3, "only loss")])
 def test_bad_settings_are_refused_with_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=f"{name}.*{allowed}"):
         ae.AutoEncoder(**{"inp_size": 784, "hid_size": 20} | {name: value})
 
 
 @pytest.mark.parametrize("name, part, cause", [
-    ("encode", lambda x: x[None, :, :20], "representation has shape"),
-    ("encode", lambda x: x[:, :21], "representation has shape"),
-    ("decode", lambda h: torch.zeros(1, 1, 784), "reconstruction has shape"),
-    ("decode", lambda h: torch.zeros(1, 783), "1, 783"),
-    ("more", nn.Sequential(*(nn.Linear(20, 20) for _ in range(3))), "7 layers"),
+    ("encode", lambda x: x[:, :21], "representation has shape .1, 21"),
+    ("decode", lambda h: torch.zeros(1, 1, 784), "reconstruction has shape .1, 1, 784"),
     ("more", nn.Linear(20, 801), "above 800"), ("more", nn.Sequential(nn.Linear(20, 20)), r"more\.0"),
     ("more", nn.Conv2d(1, 1, 3), "more"), ("more", nn.Parameter(torch.ones(())), "more is not of")])
 def test_a_model_that_breaks_a_limit_is_refused(name, part, cause):
@@ -114,24 +103,22 @@ def test_a_model_that_breaks_a_limit_is_refused(name, part, cause):
         ae.check_limits(model)
 
 
-@pytest.mark.parametrize("loss, distance", [
-    ({}, lambda x, y: (x - y).norm(dim=1).sum()),  # the default: Euclidean
-    ({"loss": "squared"}, lambda x, y: (x - y).square().sum()),
-    ({"loss": "absolute"}, lambda x, y: (x - y).abs().sum()),
-    ({"loss": "cross-entropy"}, lambda x, y: -(x * y.log() + (1 - x) * (1 - y).log()).sum())])
-@pytest.mark.parametrize("penalty, size", [
-    ({}, lambda theta, h: theta.abs().sum()), ({"regulariser": "l2"}, lambda theta, h: theta.square().sum()),
-    ({"regulariser": "code"}, lambda theta, h: h.square().sum() / 2)])
-def test_losses_penalties_and_gradients_are_their_formulas(monkeypatch, loss, distance, penalty, size):
+@pytest.mark.parametrize("settings", [{}, {"loss": "squared", "regulariser": "l2"}, {"loss": "cross-entropy"},
+                                      {"loss": "absolute", "regulariser": "code"}])
+def test_losses_penalties_and_gradients_are_their_formulas(settings):
     torch.manual_seed(0)
-    model = ae.AutoEncoder(6, 2, width=4, dropout=0.5, strength=9.0, **loss, **penalty).double()
+    model = ae.AutoEncoder(6, 2, width=4, dropout=0.5, strength=9.0, **settings).double()
     x = torch.rand(3, 6, dtype=torch.float64)
     theta, h = torch.cat([p.flatten() for p in model.parameters()]), model.encode(x)
-    monkeypatch.setattr(model, "encode", Mock(side_effect=[h]))  # codes of a second pass differ
-    y = model(x)
-    assert_close(model.loss_function(y, x), distance(x, y) + 9 * size(theta, h))
+    with patch.object(model, "encode", side_effect=[h]):  # codes of a second pass differ
+        y = model(x)
+        loss = model.loss_function(y, x)
+    distances = {None: (x - y).norm(dim=1), "squared": (x - y).square(), "absolute": (x - y).abs(),
+                 "cross-entropy": -(x * y.log() + (1 - x) * (1 - y).log())}  # None: the default
+    penalties = {None: theta.abs(), "l2": theta.square(), "code": h.square() / 2}
+    distance, penalty = distances[settings.get("loss")], penalties[settings.get("regulariser")]
+    assert_close(loss, distance.sum() + 9 * penalty.sum())
 
-    monkeypatch.undo()
     model.eval()
     assert torch.autograd.gradcheck(lambda *_: model.loss_function(model(x), x), tuple(model.parameters()))
     same = x.clone().requires_grad_()
@@ -169,16 +156,13 @@ def test_ten_pictures_show_the_same_test_images_above_their_reconstructions(tmp_
     assert_close(recon, model(x[which]).detach(), rtol=0, atol=0.01)
 
 
-def test_losses_are_averages_per_image_trained_in_training_mode(monkeypatch):
+def test_losses_are_averages_per_image_trained_in_training_mode():
     model, loader, x = small(), load(FONT_DIGITS.test_images[:31], 7), FONT_DIGITS.test_images[:31].flatten(1)
     loss, error = torch.linalg.vector_norm(model(x) - x, dim=1).mean().item(), F.mse_loss(model(x), x).item()
-    modes, objective = [], model.loss_function
-    monkeypatch.setattr(model, "loss_function", lambda *xs: modes.append(model.training) or objective(*xs))
     unmoved = torch.optim.SGD(model.parameters(), lr=1e-12)
     for average in ae.fit(model, unmoved, loader, epochs=2):
-        assert average == pytest.approx(loss, rel=1e-5)
-        assert ae.evaluate(model, loader) == pytest.approx((loss, error), rel=1e-5)
-    assert modes == 2 * [*2 * [True], *5 * [False]]
+        assert average == pytest.approx(loss, rel=1e-5) and model.training
+        assert ae.evaluate(model, loader) == pytest.approx((loss, error), rel=1e-5) and not model.training
 
 
 def test_the_rate_follows_one_cycle_over_steps_of_joined_batches():
@@ -192,17 +176,16 @@ def test_the_rate_follows_one_cycle_over_steps_of_joined_batches():
 @pytest.mark.parametrize("images, test_images, lr, message", [
     (IMAGES.index_fill(0, INDEX, math.nan), IMAGES, 1e-3, "training loss is .* epoch 1, step 2: .*images"),
     (IMAGES.index_fill(0, INDEX, 1e30), IMAGES, 1e-3, "training loss is .* epoch 1, step 2: .*images"),
-    (IMAGES[:10], IMAGES, 1e30, "lower the learning"),  # what is computed next overflows
-    (IMAGES[:200], IMAGES, 4e37, "ended by diverging"),  # parameters do
+    (IMAGES[:200], IMAGES, 4e37, "test loss is .* lower the learning"),  # parameters do
     (IMAGES, IMAGES * math.nan, 1e-3, "test loss is nan: check the images"),
-    (NONE, IMAGES, 1e-3, "training loader gives no"), (IMAGES, NONE, 1e-3, "test loader gives no images")])
+    (IMAGES[:0], IMAGES, 1e-3, "training loader gives no"), (IMAGES, IMAGES[:0], 1e-3, "test loader g")])
 def test_what_ends_training_is_named_and_harms_nothing(tmp_path, images, test_images, lr, message):
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     with pytest.raises((FloatingPointError, ValueError), match=message):
         ae.train(model, optimizer, load(images, 50), load(test_images, 50), 1, tmp_path)
     assert optimizer.param_groups[0]["lr"] == lr
-    assert "diverging" in message or all(p.isfinite().all() for p in model.parameters())
+    assert lr == 4e37 or all(p.isfinite().all() for p in model.parameters())
 
 
 def test_pca_error_matches_a_singular_value_decomposition():
@@ -212,24 +195,7 @@ def test_pca_error_matches_a_singular_value_decomposition():
     assert ae.pca_error(train, test, 20) == pytest.approx(residual.square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("changes, outcome", [
-    ({}, SUCCESS), (UNTRAINED | {"evaluate": lambda *_: (0.0, 0.0199)}, SUCCESS),
-    (UNTRAINED | {"evaluate": lambda *_: (0.0, 0.02)}, "does not beat a linear code"),
-    ({"AutoEncoder": fail}, "error during model creation: no such layer"),
-    ({"train": fail}, "error during training: no such layer"),
-    ({"train": lambda model, *_: setattr(model, "more", nn.Conv2d(1, 1, 3))}, "is not of an nn.Linear")])
-def test_work_succeeds_or_names_what_failed(tmp_path, capsys, changes, outcome):
-    try:
-        with patch.multiple(ae, load_data=lambda *_: FONT_DIGITS, **changes):
-            ae.test_work(pics=tmp_path, depth=2, width=200)
-    except AssertionError as error:
-        assert outcome != SUCCESS and outcome in str(error)
-    else:
-        assert capsys.readouterr().out.splitlines()[-1] == outcome
-        assert Image.open(tmp_path / "generated.png").size == (10 * 30 + 2, 10 * 30 + 2)
-
-
-@needs_mnist
+@pytest.mark.skipif(not (MNIST_FOLDER / "MNIST/raw" / ae.FILES[3]).is_file(), reason="MNIST is not in data")
 def test_answer_of_the_readme_on_mnist(tmp_path, capsys):
     """A whole training: the name keeps it out of the quick part, `-k "not answer"`."""
     ae.test_work(data=MNIST_FOLDER, pics=tmp_path)
@@ -243,35 +209,24 @@ def test_answer_of_the_readme_on_mnist(tmp_path, capsys):
 
 def pack(values):
     """The bytes of an MNIST file."""
-    header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
-    return header + values.to(torch.uint8).numpy().tobytes()
+    return np.array([0x800 + values.ndim, *values.shape], ">i4").tobytes() + values.byte().numpy().tobytes()
 
 
 def write_mnist(folder, data, count):
     raw = Path(folder) / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(ae.FILES, data):
+    for name, part in zip(sorted(ae.FILES), [*data[2:4], *data[:2]]):  # t10k is before train
         (raw / name).write_bytes(pack(part[:count] if part.ndim == 1 else part[:count, 0].mul(255).round()))
     return raw
 
 
-@needs_mnist
-def test_mnist_is_loaded_as_it_is():
-    data = ae.load_data(MNIST_FOLDER)
-    assert data.train_images.shape == (60000, 1, 28, 28) and data.test_images.shape == (10000, 1, 28, 28)
-    assert data.train_labels[:3].tolist() == [5, 0, 4] and data.test_labels[:3].tolist() == [7, 2, 1]
-    assert data.train_images.mean().item() == pytest.approx(0.1307, abs=1e-4)
-
-
 @pytest.mark.parametrize("damage", [
-    lambda old: old[:-1], lambda old: b"", lambda old: old + b"\0", lambda old: old[:3], lambda old: old[:6],
-    lambda old: old[8:], lambda old: old[:3] + b"\x09" + old[4:], lambda old: old[:2] + b"\x0d" + old[3:],
-    lambda old: old[:7] + bytes([old[7] + 1]) + old[8:],
+    lambda old: old[:-1], lambda old: b"", lambda old: old + b"\0", lambda old: old[8:],
     lambda old: pack(torch.zeros(11, 28, 27) if old[3] == 3 else torch.zeros(11)),
     lambda old: pack(torch.zeros(12, 27, 28) if old[3] == 3 else torch.full([12], 10))])
 @pytest.mark.parametrize("name", ae.FILES)
 def test_a_damaged_file_is_named_and_never_used(tmp_path, name, damage):
-    """Cut, empty, too long, of another shape or type than its header says, or not fitting the others."""
+    """Cut, empty, too long, without its header, or not fitting the others."""
     path = write_mnist(tmp_path, FONT_DIGITS, 12) / name
     changed = damage(path.read_bytes())
     path.write_bytes(changed)
@@ -299,12 +254,11 @@ def test_digits_are_drawn_without_a_download_unless_the_disk_is_full(tmp_path, m
         threading.Timer(5, silent.close).start()  # ends the wait of whoever has no limit
         monkeypatch.setattr(ae.mnist.MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
         assert ae.load_data(tmp_path).name == "drawn digits, not MNIST"
+    line, = capsys.readouterr().out.splitlines()
+    assert "timed out" in line and "not MNIST. To get it" in line and socket.getdefaulttimeout() is None
     problems = [RuntimeError("File corrupted."), OSError(28, "No space left on device")]
     monkeypatch.setattr(ae.mnist, "MNIST", Mock(side_effect=problems))
     assert ae.load_data(tmp_path).name == "drawn digits, not MNIST"
-    first, second = capsys.readouterr().out.splitlines()
-    assert "timed out" in first and "corrupted" in second and "not MNIST. To get it" in second
-    assert socket.getdefaulttimeout() is None
     with pytest.raises(OSError, match="no room for MNIST.*--data"):
         ae.load_data(tmp_path)
 
@@ -329,42 +283,26 @@ def test_drawn_digits_are_bright_on_dark_and_repeatable():
 
 # ---- Generating and measuring digits -------------------------------------------------------------
 
-def test_a_density_has_the_moments_of_its_groups_and_climbs():
+def test_a_density_becomes_more_likely_with_every_step():
     torch.manual_seed(0)
-    codes, groups = torch.randn(300, 3) ** 3 + 1, torch.randint(3, (300,))
-    densities = [ae.fit_density(codes, F.one_hot(groups), steps) for steps in (0, 1, 2, 5, 20)]
-    for k, part in enumerate(codes[groups == k] for k in range(3)):
-        assert densities[0].weights[k].item() == pytest.approx(len(part) / 300, rel=1e-4)
-        assert_close(densities[0].means[k], part.mean(0), rtol=1e-4, atol=1e-4)
-        covariance = densities[0].factors[k] @ densities[0].factors[k].T
-        assert_close(covariance, torch.cov(part.T, correction=0), rtol=0.01, atol=0.1)
+    codes, groups = torch.randn(300, 3) ** 3 + 1, torch.randint(4, (300,))
     values = []
-    for weights, means, factors in densities:
+    for steps in (0, 1, 2, 5, 20):
+        weights, means, factors = ae.fit_density(codes, F.one_hot(groups), steps)
         parts = torch.distributions.MultivariateNormal(means, scale_tril=factors).log_prob(codes[:, None])
         values.append((parts + weights.log()).logsumexp(1).mean().item())
     assert values == sorted(values) and values[-1] > values[0] + 0.1
 
 
-def test_generated_codes_follow_the_density():
-    decoder = nn.Linear(1, 1)
-    decoder.decode = lambda h: h
+def test_a_generator_fitted_to_its_own_draws_is_the_same_whatever_the_mode():
+    model = nn.Linear(1, 1)
+    model.encode = model.decode = lambda x: F.dropout(x, 0.5, model.training)
     factors = torch.tensor([[[2.0, 0.0], [1.0, 0.5]], [[1.0, 0.0], [0.0, 1.0]]])
-    density = ae.Density(torch.tensor([0.25, 0.75]), torch.tensor([[9.0, 0.0], [-9.0, 1.0]]), factors)
-    codes = ae.generate(decoder, density, 40_000, seed=1)
-    first = codes[:, 0] > 0
-    assert first.float().mean().item() == pytest.approx(0.25, abs=0.01)
-    for k, part in enumerate((codes[first], codes[~first])):
-        assert_close(part.mean(0), density.means[k], rtol=0, atol=0.06)
-        assert_close(torch.cov(part.T), factors[k] @ factors[k].T, rtol=0, atol=0.15)
-    assert not torch.equal(codes, ae.generate(decoder, density, 40_000, seed=2))
-
-
-def test_a_generator_is_fitted_and_drawn_without_dropout():
-    model, x = small(dropout=0.5), FONT_DIGITS.train_images[:200].flatten(1)
-    densities = [ae.fit_generator(model.train(), x, components=5) for _ in range(2)]
-    assert_close(*densities, rtol=0, atol=0)
-    first, second = (ae.generate(model.train(), densities[0], 30, seed=1) for _ in range(2))
-    assert first.shape == (30, 784) and torch.equal(first, second)
+    density = ae.Density(torch.tensor([0.25, 0.75]), torch.tensor([[-9.0, 0.0], [9.0, 1.0]]), factors)
+    codes, same, other = (ae.generate(model.train(), density, 40_000, seed) for seed in (1, 1, 2))
+    assert torch.equal(codes, same) and not torch.equal(codes, other)
+    fitted = ae.fit_generator(model.train(), codes[codes[:, 0].argsort()], 2, 40_000)  # a centre in each
+    assert_close(fitted, density, rtol=0, atol=0.06)
 
 
 def test_frechet_distance_matches_another_formula():
@@ -387,20 +325,13 @@ def judged():
 def test_features_tell_digits_apart_and_measures_real_images_from_copies(judged):
     reference, images, labels = judged
     assert F.cross_entropy(reference.features(images), labels) < 0.15
-    assert reference.features.hidden(images).square().mean().item() == pytest.approx(1, abs=0.1)
     real, copies, some = map(reference.measure, (images, reference.train_images, images[labels > 1]))
     assert real["overlap"] > 0.85 and some["overlap"] == pytest.approx(0.8, abs=0.05)
     assert 0.8 < real["ratio"] < 1.2 and copies["ratio"] < 0.01
-    assert real["frechet"] < reference.baseline()["frechet"]
-
-
-@pytest.mark.parametrize("damage", [
-    lambda x, labels, level: F.avg_pool2d(x.view(-1, 1, 28, 28), 2 * level + 1, 1, level).flatten(1),
-    lambda x, labels, level: x[labels >= 2 * level].repeat(3, 1)[:len(x)],  # without the first classes
-    lambda x, labels, level: (x + 0.1 * level * torch.randn_like(x)).clamp(0, 1)])
-def test_frechet_distance_grows_with_damage(judged, damage):
-    values = [judged[0].measure(damage(*judged[1:], level))["frechet"] for level in range(4)]
-    assert values == sorted(values) and values[-1] > 3 * values[0]
+    hidden, other = map(reference.features.hidden, (images, reference.images))
+    assert hidden.square().mean().item() == pytest.approx(1, abs=0.1)
+    assert real["frechet"] == pytest.approx(ae.frechet_distance(hidden, other))
+    assert 3 * real["frechet"] < min(some["frechet"], reference.baseline()["frechet"])
 
 
 def test_a_reference_takes_distances_of_250_images_or_of_what_it_has(judged, monkeypatch):
@@ -417,11 +348,12 @@ def test_a_reference_takes_distances_of_250_images_or_of_what_it_has(judged, mon
 @pytest.fixture
 def run_search(judged, tmp_path):
     """A search whose trials are pretended: only the bookkeeping is under test."""
-    def run_search(change=lambda settings, seed: {}, **options):
+    def run_search(change=lambda settings, seed: {}, name="drawn", **options):
         run_trial = lambda settings, seed, epochs, *_: {
             "frechet": settings["width"] / epochs + seed % 7, "overlap": 1.0, "ratio": 1.0, "mse": 0.0,
             "seconds": 0.0} | change(settings, seed)
-        with patch.multiple(ae, run_trial=run_trial, load_data=lambda *_: FONT_DIGITS, contact_sheet=Mock(),
+        load_data = lambda *_: FONT_DIGITS._replace(name=name)
+        with patch.multiple(ae, run_trial=run_trial, load_data=load_data, contact_sheet=Mock(),
                             train_features=lambda *_: judged[0].features):
             return ae.search(out=tmp_path, device="cpu", **options)
     return run_search
@@ -490,18 +422,27 @@ def test_a_default_that_wins_is_tested_once(run_search, tmp_path):
     assert sum(record["settings"] == ae.DEFAULT for record in read_trials(tmp_path)) == 1 + 3 + 3
 
 
-@pytest.mark.parametrize("diverging", [{0, 1000, 1001, 1002}, {1001}])  # all seeds, or one of three
-def test_a_search_in_which_every_finalist_diverges_says_so(run_search, diverging):
+def test_a_search_in_which_every_finalist_diverges_with_one_seed_says_so(run_search):
     with pytest.raises(FloatingPointError, match="no finalist could be trained"):
-        run_search(lambda _, seed: {"frechet": math.inf} if seed in diverging else {}, trials=3)
+        run_search(lambda _, seed: {"frechet": math.inf} if seed == 1001 else {}, trials=3)
 
 
 def test_trials_of_another_search_are_not_mixed_in(run_search, tmp_path, monkeypatch):
-    for options in ({}, {"epochs": 2}, {"seed": 7}, {"trials": 4}):
+    for options in ({}, {"epochs": 2}, {"seed": 7}, {"trials": 4}, {"name": "MNIST"}):
         run_search(**{"trials": 3} | options)
     monkeypatch.setattr(torch, "__version__", "another")
     run_search(trials=3)
-    assert len([*tmp_path.glob("trials-*.jsonl")]) == 5
+    assert len([*tmp_path.glob("trials-*.jsonl")]) == 6
+
+
+def test_machines_with_other_data_or_another_script_are_not_mixed(run_search, monkeypatch):
+    def gather(found, mine):
+        found[:] = mine, ("trials-of-another.jsonl", {})
+
+    monkeypatch.setattr(ae, "dist", Mock(
+        is_initialized=lambda: True, get_rank=lambda: 0, get_world_size=lambda: 2, all_gather_object=gather))
+    with pytest.raises(RuntimeError, match="differ in data, script or PyTorch"):
+        run_search()
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -515,11 +456,14 @@ def one_process(tmp_path_factory):
     return f"search --data {data} --trials 3 --epochs 1 --device cpu --out ", winner, read_trials(out)
 
 
-def stop(command, capfd):
-    """The exit status of a command that does not end well, and what it says."""
-    with pytest.raises(SystemExit) as error:
+def call(command, capfd):
+    """The exit status of a command, and the lines that it writes to standard output and standard error."""
+    status = 0
+    try:
         ae.main(command.split())
-    return error.value.code, capfd.readouterr().err.strip()
+    except SystemExit as error:
+        status = error.code
+    return status, *(text.strip().splitlines() for text in capfd.readouterr())
 
 
 @pytest.mark.parametrize("act, status, message", [
@@ -535,15 +479,15 @@ def test_a_search_that_is_broken_off_goes_on(one_process, tmp_path, capfd, act, 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background process lacks
     threading.Thread(target=wait_and_act, daemon=True).start()
     command, _, trials = one_process
-    code, err = stop(f"{command} {tmp_path} --workers 2", capfd)
-    assert code == status and message in err and not multiprocessing.active_children()
+    ended, _, err = call(f"{command} {tmp_path} --workers 2", capfd)
+    assert ended == status and message in err[0] and len(err) == 1
+    assert not multiprocessing.active_children()
 
     path, = tmp_path.glob("trials-*.jsonl")
     before = path.read_text() + '\n{"job": "round 1 tri'
     path.write_text(before)
     ae.main(f"{command} {tmp_path} --workers 2".split())
     assert path.read_text().startswith(before) and read_trials(tmp_path) == trials
-    assert len(err.splitlines()) == 1
 
 
 def run(*arguments, **environment):
@@ -566,8 +510,7 @@ def test_processes_under_torchrun_choose_and_report_what_one_chooses(one_process
 
 
 @pytest.mark.parametrize("cores, limit, workers", [
-    (64, ["max 100000"], 27), (4, ["max 100000"], 4), (4, OSError, 4), (64, ["800000 100000"], 8),
-    (4, ["50000 100000"], 1)])
+    (64, ["max 100000"], 27), (4, OSError, 4), (64, ["800000 100000"], 8), (4, ["50000 100000"], 1)])
 def test_workers_are_what_the_process_may_use_and_27_trials_fill(monkeypatch, cores, limit, workers):
     called = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
@@ -594,6 +537,7 @@ def test_command_runs_without_data_or_network_on_any_console(tmp_path):
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
     assert "not MNIST" in first and last == "Success! (drawn digits, not MNIST)"
+    assert Image.open(tmp_path / "pics/generated.png").size == (10 * 30 + 2, 10 * 30 + 2)
 
 
 @pytest.mark.parametrize("command", ["train", "search"])
@@ -601,6 +545,13 @@ def test_help_explains_every_option(command):
     parser = ae.make_parser(command)
     out, options = " ".join(parser.format_help().split()), vars(parser.parse_args([]))
     assert all(re.search(rf"--{option} [A-Z{{][^-]*[a-z]{{3}}[^-]*", out) for option in options)
+
+
+def test_every_option_is_passed_on(monkeypatch):
+    options = {"data": "d", "seed": 3, "device": "cpu", "epochs": 2, "pics": "p", "width": 40, "lr": 0.01}
+    monkeypatch.setattr(ae, "test_work", Mock())
+    ae.main([f"--{name}={value}" for name, value in options.items()])
+    ae.test_work.assert_called_once_with(**ae.DEFAULT | options)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -611,16 +562,23 @@ def test_help_explains_every_option(command):
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capfd, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("in the way")
-    status, err = stop(arguments, capfd)
-    assert status == 2 and message in err.splitlines()[-1]
+    status, _, err = call(arguments, capfd)
+    assert status == 2 and message in err[-1]
 
 
-@pytest.mark.parametrize("error, status, line", [
-    (AssertionError("worse than PCA"), 1, "worse than PCA"), (KeyboardInterrupt, 130, "stopped"),
-    (FloatingPointError("diverged"), 2, "autoencoder.py train: error: diverged")])
-def test_a_command_that_fails_ends_in_one_line(monkeypatch, capfd, error, status, line):
-    monkeypatch.setattr(ae, "test_work", Mock(side_effect=error))
-    assert stop("", capfd) == (status, line)
+@pytest.mark.parametrize("changes, status, outcome", [
+    ({"evaluate": lambda *_: (0.0, 0.0199)}, 0, "Success!🎉 (drawn digits, not MNIST)"),
+    ({"evaluate": lambda *_: (0.0, 0.02)}, 1, "the model does not beat a linear code"),
+    ({"AutoEncoder": fail}, 1, "error during model creation: no such layer"),
+    ({"train": fail}, 1, "error during training: no such layer"),
+    ({"train": lambda model, *_: setattr(model, "more", nn.Linear(1, 1))}, 1, "7 layers"),
+    ({"generate": Mock(side_effect=FloatingPointError("nan"))}, 2, "autoencoder.py train: error: nan")])
+def test_work_ends_in_success_or_in_one_line_that_says_why_not(tmp_path, capfd, changes, status, outcome):
+    usual = {"load_data": lambda *_: FONT_DIGITS, "train": Mock(), "pca_error": lambda *_: 0.02}
+    with patch.multiple(ae, **usual | changes):
+        ended, out, err = call(f"--pics {tmp_path}", capfd)
+    assert ended == status and len(err) == (status > 0)
+    assert (err or out)[-1].startswith(outcome)
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -956,24 +914,26 @@ def luck_rows(x):
         variance = np.square(change).mean() / 2 * len(x) / (len(x) - 1)
         winners = np.take_along_axis(change, x.argmin(0)[None], 0)
         rows[row] = {"luck of a score, %": 100 * variance ** 0.5, "excess measured, %": 100 * winners.mean()}
-    for row in rows.values():  # the last variance is that of all fresh
-        row["excess on paper, %"] = -least_of(len(x)) * row["luck of a score, %"] ** 2 / 100 / variance ** 0.5
     return rows
 
 
 def test_answer_autoencoder1_luck(studied):
     rows = [luck_rows(np.log([record[name]["scores"] for name in GOOD])) for record in studied]
+    _, draws, _, every = by_column(rows)[0].values()
+    for row, luck in by_column(rows)[0].items():
+        for record in rows:
+            record[row]["excess on paper, %"] = -least_of(4) * luck.mean() ** 2 / every.mean()
     check_table("luck", rows)
-    *_, every = by_column(rows)[0].values()
-    *_, excess = by_column(rows)[1].values()
-    assert_each(excess, above=0)
     assert stated("#σ for n = 2, #σ for 4, #σ for 27") == [round(-least_of(n), 2) for n in (2, 4, 27)]
     check_stated("σ is # % (± #)", every)
-    sigma, _, needed, shown = stated("σ is # % (± #): # trainings of each show a gap of 5 %, three of "
-                                     "each, with a t-test, only one of # %")
+    check_stated("drawing 5,000 digits alone makes # (± #)", (draws.mean() / every.mean()) ** 2)
+    sigma, _, needed, shown, drawn, _, fewer = stated(
+        "σ is # % (± #): # trainings of each show a gap of 5 %; three of each, with a t-test, only a ratio "
+        "of #. But drawing 5,000 digits alone makes # (± #) of the variance: with ten times the digits, #")
     assert needed == pytest.approx(2 * (1.96 + 0.84) ** 2 * (sigma / 5) ** 2, rel=0.05)
-    assert stated("within # % a tie") == pytest.approx([2.776 * (2 / 3) ** 0.5 * sigma], rel=0.05)
-    assert shown == pytest.approx((2.776 + 0.941) * (2 / 3) ** 0.5 * sigma, rel=0.05)  # Student's t
+    assert fewer == pytest.approx(needed * (1 - 0.9 * drawn), rel=0.05)
+    tie, shows = (np.exp(t * (2 / 3) ** 0.5 * sigma / 100) for t in (2.776, 2.776 + 0.941))  # Student's t
+    assert [*stated("Call a ratio below # a tie"), shown] == pytest.approx([tie, shows], rel=0.02)
 
 
 def test_answer_autoencoder1_ranking(studied):
@@ -985,8 +945,8 @@ def test_answer_autoencoder1_ranking(studied):
         good.append(np.mean([*map(rank_correlation, errors.T, x.T)]))
         again.append(np.mean([*map(rank_correlation, x.T, x.T[::-1])]))  # in reverse, all is fresh
         wide.append(rank_correlation(*record["drawn"]))
-    check_stated("rank correlation # (± #). Over the four good ones (one epoch) it is # (± #), with every "
-                 "seed lower; the scores of two trainings of those have # (± #)", wide, good, again)
+    check_stated("rank correlation # (± #). Over the four good ones (one epoch) it is # (± #), lower with "
+                 "every seed; between the scores of their two trainings, # (± #)", wide, good, again)
     assert (np.array(wide) > good).all()
 
 
@@ -1074,7 +1034,7 @@ def test_luck_and_excess_are_what_was_put_in():
         x = (0.3 * random.normal(size=(4, 2, 1, 1)) + 0.2 * random.normal(size=(4, 2, 2, 1))
              + 0.1 * random.normal(size=(4, 2, 2, 2)) + random.normal(size=2))
         found.append([list(row.values()) for row in luck_rows(x).values()])
-    luck, excess, _ = np.transpose(found, (2, 0, 1)) / 100  # (random scores, rows)
+    luck, excess = np.transpose(found, (2, 0, 1)) / 100  # (random scores, rows)
     variance = np.array([0.01, 0.05, 0.14, 0.14])  # of what differs in a row
     assert np.square(luck).mean(0) == pytest.approx(variance, rel=0.1)
     assert excess.mean(0) == pytest.approx(-least_of(4) * variance / 0.14 ** 0.5, rel=0.1)
@@ -1317,12 +1277,12 @@ def doubt(seed, nets, wide):
             of_truth = each.gather(1, truth[:len(each), None])
             record[f"NLL{where}"] = -of_truth.mean().item()
             record[f"missed{where}"] = (of_truth < least).float().mean().item()
-        _, _, upright, _, glued, noise = knowledge.split(sizes)
-        record |= {"AUROC, glued": auroc(glued, upright), "AUROC, noise": auroc(noise, upright)}
-        for values, name in ((knowledge, "rank correlation"), (entropy(log_p), "of entropy")):
-            ranks = list(map(rank_correlation, values.split(sizes)[2:5], teacher[2:5]))
-            record |= {name: np.mean(ranks), f"{name}, upright": ranks[0],
-                       f"{name}, shifted": np.mean(ranks[1:])}
+        for values, of in ((knowledge, ""), (entropy(log_p), ", of entropy")):
+            _, _, upright, _, glued, noise = parts = values.split(sizes)
+            ranks = list(map(rank_correlation, parts[2:5], teacher[2:5]))
+            found = {"rank correlation": np.mean(ranks), "upright": ranks[0], "shifted": np.mean(ranks[1:]),
+                     "AUROC, glued": auroc(glued, upright), "AUROC, noise": auroc(noise, upright)}
+            record |= {f"{name}{of}": value for name, value in found.items()}
     return rows
 
 
@@ -1358,33 +1318,36 @@ def test_answer_uncertainty_prediction(measure):
     ours, ensemble = (np.mean(gains(records, "NLL", "one network", row=row)) for row in (RECIPE, "ensemble"))
     [near] = stated("it keeps three quarters (± #)")
     assert ours / ensemble == pytest.approx(0.75, abs=near)
-    mean, heads = stated("Its NLL is within # of the student's; with a head for each member, within #.")
+    mean, heads = stated("A student of the mean alone has an NLL within # of the student's; one with a head "
+                         "for each member, within #.")
     for other, limit in (("student: mean", mean), ("student: heads", heads)):
         assert_each(gains(records, "NLL", other), above=-limit, below=limit)
-    [price] = stated("the ensemble at most # in NLL on average.** Four dropout masks a member cost more.")
+    [price] = stated("Laplace on each member costs the ensemble at most # in NLL on average")
     assert_claim("Laplace", gains(records, "NLL", "ensemble", row="ensemble, Laplace"), below=price)
     assert_each(gains(records, "NLL", "ensemble, Laplace", row="ensemble, masks"), above=0)
 
 
 def test_answer_uncertainty_knowledge(measure):
     records, rival = doubts(measure), "one, trained as long"
-    ranks = partial(gains, records, "rank correlation, shifted")
-    one, own, gap = stated("by at least #; and that of its own entropy, by less than #. Upright, these "
-                           "last two differ by less than #.")
+    ranks = partial(gains, records, "shifted")
+    [one] = stated("and that of one network's entropy by at least #")
+    own, gap, worse = stated("by less than # on turned and glued digits; upright, the two differ by less "
+                             "than #. It detects glued digits worse by less than #.")
     assert_claim("Dirichlet", ranks("student: Dirichlet"), above=0)
     assert_each(ranks("student: heads"), above=0)
-    assert_each(ranks("one network", "of entropy, shifted"), above=one)
-    assert_each(ranks(RECIPE, "of entropy, shifted"), above=0, below=own)
-    assert_each(np.abs(gains(records, "rank correlation, upright", RECIPE, "of entropy, upright")), below=gap)
+    assert_each(ranks("one network", "shifted, of entropy"), above=one)
+    assert_each(ranks(RECIPE, "shifted, of entropy"), above=0, below=own)
+    assert_each(np.abs(gains(records, "upright", RECIPE, "upright, of entropy")), below=gap)
+    assert_each(gains(records, "AUROC, glued", RECIPE, "AUROC, glued, of entropy"), above=0, below=worse)
     longer, times, behind = stated(
         "The student's NLL exceeds the rival's by at most #; turned, the rival leads in the table. The rival "
-        "ranks a digit above noise, which only the student met, at least # times as often. Its entropy, and "
-        "that of a network twice as wide, follows at least # worse on average.")
+        "ranks a digit above noise, which only the student met in training, at least # times as often. Its "
+        "entropy, and that of a network twice as wide, follows at least # worse on average.")
     assert_each(gains(records, "NLL", rival), below=longer)
     noise = [[1 - record[row]["AUROC, noise"] for row in (rival, RECIPE)] for record in records]
     assert_each([theirs / ours for theirs, ours in noise], above=times)
     for row in (rival, "one, twice as wide"):
-        assert_claim(row, ranks(row, "of entropy, shifted"), above=behind)
+        assert_claim(row, ranks(row, "shifted, of entropy"), above=behind)
 
 
 def test_answer_uncertainty_sets(measure):
@@ -1435,7 +1398,7 @@ HIDDEN, CODE = 100, 12  # units of a masked autoencoder, numbers in an autoencod
 PICKED, PROVEN, ATTACKED = 2000, 500, 150  # test images of each seed; how many of them for what takes long
 RADIUS = 1.5  # L2, as in Schott et al. 2019
 FLIPS = 8  # pixels that move across the threshold of ½ within an L2 of (8 / 4) ** 0.5 < RADIUS
-MADE, RATIO = "MADE: density", "MADE: ratio to texture"
+MADE, RATIO, BINARY = "MADE: density", "MADE: ratio to texture", "nearest neighbour, binary"
 
 
 def by_class(images, labels):
@@ -1531,14 +1494,14 @@ def neighbour_radius(images, labels, x, truth):
     return planes.masked_fill(mine, torch.inf).amin(1)
 
 
-def fit_mlp(images, labels, hidden=(256, 256), steps=600, batch=200, radius=0.0):
+def fit_mlp(images, labels, steps=600, radius=0.0):
     """The score of an MLP; with a `radius`, of one trained on attacked images (Madry et al. 2018)."""
     def loss(net):
-        index = torch.randint(len(images), (batch,))
+        index = torch.randint(len(images), (200,))
         x, y = images[index], labels[index]
         error = lambda x: F.cross_entropy(run_stack(net, x)[0], y, reduction="none")
         return error(climb(error, x, radius, 3) if radius else x).mean()
-    net = minimise(loss, make_stack((784, *hidden, 10), 1), steps, 2e-3)
+    net = minimise(loss, make_stack((784, 256, 256, 10), 1), steps, 2e-3)
     return lambda x: run_stack(net, x)[0]
 
 
@@ -1640,7 +1603,9 @@ def measure_attacks(seed, few=30):
     plain, searched = autoencoder_score(net), autoencoder_score(net, 20)
     far = climb(margin(searched, truth[:few]), x[:few], 4)
     mlp, adversarial = fit_mlp(images, labels), fit_mlp(images, labels, steps=300, radius=RADIUS)
-    table = {MADE: attack_binary(made_score(fit_made(binary(images), labels)), binary(x), truth)}
+    of_binary = {MADE: made_score(fit_made(binary(images), labels)),
+                 BINARY: neighbour_score(binary(images), labels)}
+    table = {name: attack_binary(score, binary(x), truth) for name, score in of_binary.items()}
     table |= attack_all({"nearest neighbour": neighbour_score(images, labels)}, x, truth)
     table |= attack_all({"autoencoders": plain, "autoencoders, searched": searched}, x, truth)
     table |= attack_all({"MLP": mlp, "MLP, adversarially trained": adversarial}, x, truth)
@@ -1663,7 +1628,7 @@ def measure_novelty(seed):
     density = made_score(made)
     counts = torch.stack([count_contexts(part) for part in by_class(binary(images), labels)])
     parts = [(images[labels != digit], labels[labels != digit]) for digit in range(11)]
-    mlps = [fit_mlp(*part, hidden=(100,), steps=300, batch=100) for part in parts]
+    mlps = [fit_mlp(*part) for part in parts]
 
     def doubts(x, left_out=10):
         """How novel each of the images x is to models without a class, by each score."""
@@ -1735,9 +1700,10 @@ def test_answer_robustness_models(measure):
     assert_claim("little", attacked(MADE), below=15)
     for weaker in MADE, "MLP":
         assert_claim(f"nearest neighbours, proven, ahead of {weaker}", proven - attacked(weaker), above=10)
+    check_stated("keep # points more than MADE (± #)", attacked(BINARY) - attacked(MADE))
     assert_claim("search", searched - attacked("autoencoders"), above=10)
-    check_stated("They keep # points more", searched - attacked("autoencoders"), within=10)
-    [less] = stated("gives an MLP about as much, with every seed at most # points less")
+    check_stated("They keep # points more (± #)", searched - attacked("autoencoders"))
+    [less] = stated("gives an MLP about as much, more in the table, with every seed at most # points less")
     assert_each(attacked("MLP, adversarially trained") - searched, above=-less)
 
 
@@ -1747,20 +1713,19 @@ def test_answer_robustness_novelty(measure):
     bits = lambda digit, what: np.array([record["bits"][digit][what] for record in records])
     assert_claim("1s", of(MADE, 1), below=0.55)
     assert_claim("1s, softmax", of("MLP", 1) - of(MADE, 1), above=0.3)
-    assert_claim("others, softmax", of(MADE, "others") - of("MLP", "others"), above=0)
-    better = [digit for digit in range(10) if of(MADE, digit).mean() > of("MLP", digit).mean()]
-    assert len(better) >= 7 and 1 not in better
+    [gap] = stated("mean AUROCs differ by less than #. ")
+    assert_claim("others, softmax", of(MADE, "others") - of("MLP", "others"), above=-gap, below=gap)
     assert_claim("ratio, 1s", of(RATIO, 1) - of(MADE, 1), above=0.2)
     assert_claim("ratio, shuffled", of(RATIO, "shuffled") - of(MADE, "shuffled"), below=-0.2)
     check_stated("shuffled pixels (AUROC # to #)", of(MADE, "shuffled"), of(RATIO, "shuffled"), within=0.08)
     divergence = lambda digit: bits(digit, "sum") - bits(digit, "entropy")
     for digit, sentence in (1, "1s: # bits of entropy + # of divergence = #"), (5, "5s: # + # = #"):
         check_stated(sentence, bits(digit, "entropy"), divergence(digit), bits(digit, "sum"), within=12)
-    check_stated("yet cost less than known digits (#)", bits(1, "known"), within=8)
+    check_stated("yet take fewer bits than known digits (#)", bits(1, "known"), within=8)
     assert_claim("1s cost less than known digits", bits(1, "sum") - bits(1, "known"), below=0)
     assert_claim("as foreign", divergence(1) - divergence(5), above=-20, below=30)
-    gap = np.mean([abs(bits(digit, "sum") / bits(digit, "real") - 1) for digit in range(10)], axis=0)
-    assert_claim("samples predict the cost of digits", gap, below=stated("# % or less on average")[0] / 100)
+    off = np.mean([abs(bits(digit, "sum") / bits(digit, "real") - 1) for digit in range(10)], axis=0)
+    assert_claim("samples predict the cost of digits", off, below=stated("# % or less on average")[0] / 100)
 
 
 def test_answer_robustness_shortcuts(measure):
