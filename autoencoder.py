@@ -821,15 +821,17 @@ def search_in_parallel(workers: int, options: dict) -> None:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the message below is enough
     with tempfile.TemporaryDirectory() as folder:
         meeting = (Path(folder) / "meeting").as_uri()
+        group = mp.spawn(search_worker, (workers, meeting, options), workers, join=False)
         try:
-            mp.spawn(search_worker, (workers, meeting, options), workers)
+            while not group.join():
+                pass
         except mp.ProcessExitedException as error:
             raise RuntimeError(f"a worker died ({error}). No finished trial is lost: the same command "
                                "goes on from there") from error
         except mp.ProcessRaisedException as error:
             raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         finally:
-            for process in mp.active_children():  # none, unless this process was interrupted
+            for process in group.processes:  # still running if this process was interrupted
                 process.terminate()
                 process.join()
 
