@@ -614,8 +614,6 @@ RESULTS = {}  # (experiment, job) → what it returned
 
 @functools.cache
 def splits():
-    if not HAS_MNIST:
-        pytest.skip(NO_MNIST)
     return ae.Splits(ae.load_data(MNIST_FOLDER))
 
 
@@ -637,6 +635,9 @@ def measure(capfd):
 
     Runs in processes of one thread each, says on the terminal what is done, and measures nothing twice.
     """
+    if not HAS_MNIST:
+        pytest.skip(NO_MNIST)
+
     def run(experiment, jobs=None):
         jobs = [(seed,) for seed in SEEDS] if jobs is None else list(jobs)
         todo = [job for job in jobs if (experiment.__name__, job) not in RESULTS]
