@@ -650,6 +650,12 @@ def measure(capfd):
     return run
 
 
+def test_without_mnist_no_measurement_starts(monkeypatch, request):
+    monkeypatch.setitem(globals(), "HAS_MNIST", False)
+    with pytest.raises(pytest.skip.Exception, match="`python autoencoder.py` downloads it"):
+        request.getfixturevalue("measure")
+
+
 # Networks side by side are a stack: a list of weights (count, in, out) and biases (count, 1, out).
 
 def make_stack(sizes, count, gain=1):
