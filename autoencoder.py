@@ -719,17 +719,17 @@ def cheapest_of_the_best(scores: dict[str, list[float]], costs: dict[str, int]) 
     """The name of the cheapest setting that cannot be told apart from the best.
 
     Two settings are told apart if all scores of the one are worse than all of the other.
-    If they were equally good, three scores each would fall so by chance in 1 of 20 cases.
+    With three scores each, that happens to equally good settings in 1 of 10 cases.
     """
     best = min(scores, key=lambda name: sum(scores[name]))
     tied = [name for name in scores if min(scores[name]) <= max(scores[best])]
     return min(tied, key=costs.get)
 
 
-def print_report(rows: dict[str, list[dict]]) -> None:
+def print_report(title: str, rows: dict[str, list[dict]]) -> None:
     """A row for each setting: mean ± standard deviation over its results."""
     columns = ["distance", "balance", "novelty", "error"]
-    print(f"\n{'on test images':15}" + "".join(f"{column:>17}" for column in columns))
+    print(f"\n{title:15}" + "".join(f"{column:>17}" for column in columns))
     for name, results in rows.items():
         line = f"{name:15}"
         for column in columns:
@@ -819,7 +819,8 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 
         linear = linear_digits(train_x, 4 * len(real), seed)
         tested["real digits"] = [judge(train_x, real, classifier)]
         tested["PCA"] = [judge(linear, real, classifier)]
-        print_report(tested)
+        print_report("on fresh images", confirmed)
+        print_report("on test images", tested)
 
         latest = short | long  # the contact sheet has those of the second round on top
         order = sorted(settings, key=lambda name: (name not in long, rank_key(latest[name][0])))
