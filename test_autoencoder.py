@@ -285,6 +285,11 @@ def test_each_loss_is_its_formula(name, formula):
     assert loss.item() == pytest.approx(formula(y.numpy(), x.numpy()))
 
 
+def test_a_cross_entropy_without_a_value_is_no_error():
+    loss = ae.AutoEncoder(784, 20, loss="cross-entropy").loss_function
+    assert loss(torch.full((1, 784), math.nan), torch.zeros(1, 784)).isnan()
+
+
 def test_an_unknown_loss_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="euclidean, squared, absolute, cross-entropy"):
         ae.AutoEncoder(784, 20, loss="mse")
@@ -1174,7 +1179,7 @@ def test_frechet_distance_is_that_of_the_formula():
 def test_density_and_generator_give_back_two_clouds():
     torch.manual_seed(0)
     low, high = torch.randn(3_000, 4), 8 + 2 * torch.randn(1_000, 4)
-    codes = torch.cat([low, high])[torch.randperm(4_000)]
+    codes = torch.cat([low, high])  # k-means starts with two of the first cloud
     density = ae.fit_density(Identity(), codes, components=2)
     drawn = ae.generate(Identity(), density, 8_000, seed=1)
     is_high = drawn.mean(dim=1) > 4
@@ -1183,6 +1188,14 @@ def test_density_and_generator_give_back_two_clouds():
         mean, std = drawn[is_from].mean(0), drawn[is_from].std(0)
         assert mean.numpy() == pytest.approx(cloud.mean(0).numpy(), abs=1e-3), "pairs cancel"
         assert std.numpy() == pytest.approx(cloud.std(0).numpy(), abs=0.1)
+
+
+def test_linear_digits_vary_as_the_images_do():
+    torch.manual_seed(0)
+    images = 0.5 + 0.05 * torch.randn(2_000, 6) @ torch.randn(6, 6)
+    images = images.clamp(0.01, 0.99)
+    drawn = ae.linear_digits(images, 20_000, size=6)
+    assert drawn.std(dim=0).numpy() == pytest.approx(images.std(dim=0).numpy(), rel=0.1)
 
 
 def test_guards_see_a_missing_class_and_copies():
