@@ -517,10 +517,11 @@ class Classifier(nn.Module):
         return 10 * F.normalize(hidden), self.out(hidden).argmax(dim=1)
 
 
-def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs=6) -> Classifier:
+def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs=6,
+                     kind=Classifier) -> Classifier:
     """Train a Classifier on images (n, 784) that no autoencoder to be judged has seen."""
     torch.manual_seed(seed)
-    model = Classifier()
+    model = kind()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
     steps = epochs * math.ceil(len(images) / 100)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -628,14 +629,14 @@ def cost(setting: dict) -> int:
     return sum(p.numel() for p in model.parameters()) * (1 + model.refinements)
 
 
-def split_data(digits: Data) -> dict[str, tuple[Tensor, Tensor]]:
+def split_data(digits: Data, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Disjoint parts of the data: name → images (n, 784) and labels (n,).
 
     Of 60,000 training images 40,000 train the autoencoders, 10,000 the classifier, 5,000
     serve to choose and 5,000 to confirm the choice.
     """
     count = len(digits.train_images)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     images = digits.train_images[order].flatten(1)
     labels = digits.train_labels[order]
     twelfth = count // 12
@@ -653,16 +654,22 @@ def judge(generated: Tensor, real: Tensor, classifier: Classifier) -> dict:
             "balance": class_balance(classes, real_classes)}
 
 
+def train_setting(setting: dict, images: Tensor, labels: Tensor, epochs: int,
+                  seed: int) -> AutoEncoder:
+    """A model of this setting, trained on images (n, 784) with the defaults of `train`."""
+    torch.manual_seed(seed)
+    model = AutoEncoder(784, 20, **setting)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    loader = make_loader(images, labels, seed=seed)
+    return train(model, optimizer, loader, None, epochs, quiet=True)
+
+
 def run_trial(trial: Trial, parts: dict, classifier: Classifier) -> dict:
-    """Train a setting with the defaults of `train`, and measure the digits it generates."""
+    """Train a setting, and measure the digits that it generates."""
     images, labels = parts["train"]
     real, _ = parts[trial.part]
-    torch.manual_seed(trial.seed)
-    model = AutoEncoder(784, 20, **trial.setting)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    loader = make_loader(images, labels, seed=trial.seed)
     try:
-        train(model, optimizer, loader, None, trial.epochs, quiet=True)
+        model = train_setting(trial.setting, images, labels, trial.epochs, trial.seed)
     except FloatingPointError:  # it diverged: such a setting comes last
         return {"distance": math.inf, "balance": 0.0, "novelty": 0.0, "error": math.inf,
                 "digits": torch.zeros(20, 784)}

@@ -838,29 +838,20 @@ TWO_HIDDEN = {"refinements": 0}                                           # 784-
 
 
 def digit_parts(seed):
-    """MNIST's training images in parts that the search makes too, but drawn by `seed`.
+    """MNIST's training images in the parts that the search makes, but drawn by `seed`.
 
     40,000 images train the autoencoders, 10,000 the classifier, 5,000 are the real digits of a
     comparison, 5,000 are others, for the floor and for digits that are spoiled on purpose.
     Returns a dict: name → images (n, 784) and labels (n,).
     """
-    digits = ae.load_data(HERE / "data")
-    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(seed))
-    images = digits.train_images[order].flatten(1)
-    labels = digits.train_labels[order]
-    names = ["train", "classifier", "real", "other"]
-    sizes = [40_000, 10_000, 5_000, 5_000]
-    return dict(zip(names, zip(images.split(sizes), labels.split(sizes))))
+    parts = ae.split_data(ae.load_data(HERE / "data"), seed)
+    return {"train": parts["train"], "classifier": parts["classifier"],
+            "real": parts["choose"], "other": parts["confirm"]}
 
 
 def train_setting(setting, epochs, parts, seed):
-    """An autoencoder of this setting, trained as the search and the script train theirs."""
-    torch.manual_seed(seed)
-    model = ae.AutoEncoder(784, 20, **setting)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    loader = ae.make_loader(*parts["train"], seed=seed)
-    ae.train(model, optimizer, loader, None, epochs, quiet=True)
-    return model.eval().requires_grad_(False)
+    """An autoencoder of this setting, trained as the search trains its own, without gradients."""
+    return ae.train_setting(setting, *parts["train"], epochs, seed).requires_grad_(False)
 
 
 def squared_error(model, images):
@@ -1003,23 +994,6 @@ class PlainClassifier(ae.Classifier):
         return hidden, self.out(hidden).argmax(dim=1)
 
 
-def train_plain_classifier(images, labels, seed, epochs=6):
-    """A PlainClassifier, trained as `ae.train_classifier` trains the repaired one."""
-    torch.manual_seed(seed)
-    model = PlainClassifier()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
-    steps = epochs * len(images) // 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(100):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
-
-
 def blurred(images):
     """Each pixel a weighted mean of its 3 × 3 neighbourhood, weights 1, 4, 1 both ways."""
     row = torch.tensor([1.0, 4.0, 1.0]) / 6
@@ -1073,7 +1047,7 @@ def judged(seed):
     sets, parts, default = judged_sets(seed)
     real, _ = parts["real"]
     seen = parts["train"][0][:10_000]
-    before = train_plain_classifier(*parts["classifier"], seed)
+    before = ae.train_classifier(*parts["classifier"], seed, kind=PlainClassifier)
     after = ae.train_classifier(*parts["classifier"], seed)
     real_before, _ = before.describe(real)
     real_after, real_classes = after.describe(real)
