@@ -765,12 +765,10 @@ def as_options(setting: dict) -> str:
 
 
 def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 3,
-           trials: int = 27, seed: int = 0) -> dict:
+           trials: int = 16, seed: int = 0) -> dict:
     """Choose arguments of AutoEncoder by how natural the digits are that it generates.
 
-    1. Random settings are trained for a third of `epochs`. The best of each depth are
-       trained anew for all `epochs`, and the best two of these are finalists. This is
-       successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943).
+    1. Random settings are trained and judged by held-out digits. The best two are finalists.
     2. The finalists, the default and 784-400-20 are trained anew, with fresh seeds, and
        judged by fresh images. The cheapest of those that tie with the best wins.
     3. The winner is shown on the test images beside the default, 784-400-20 and the typical
@@ -796,29 +794,23 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 
     defaults = [str(inspect.signature(function)) for function in (AutoEncoder, train)]
     context = f"{digits.name} {len(digits.train_images)} {seed} {torch.__version__} {defaults}"
 
-    def run_stage(stage, settings, length, part, seeds):
-        """Each setting with each seed, for `length` epochs: its name → a list of results."""
-        todo = [Trial(f"{stage} {name} seed {s}", setting, s, length, part)
+    def run_stage(stage, settings, part, seeds):
+        """Each setting with each seed: its name → a list of results."""
+        todo = [Trial(f"{stage} {name} seed {s}", setting, s, epochs, part)
                 for name, setting in settings.items() for s in seeds]
         results = run_trials(todo, parts, classifier, out, context)
         return {name: [results[f"{stage} {name} seed {s}"] for s in seeds] for name in settings}
 
-    # Successive halving
+    # Random search
     settings = {f"random {i}": random_setting(f"{seed} {i}") for i in range(1, trials + 1)}
-    short = run_stage("round 1", settings, max(1, epochs // 3), "choose", [seed])
-    ranked = sorted(settings, key=lambda name: rank_key(short[name][0]))
-    kept = {}
-    for depth in (0, 1, 2):  # deeper networks start more slowly: compare within a depth
-        alike = [name for name in ranked if len(settings[name]["encoder_sizes"]) == depth]
-        kept |= {name: settings[name] for name in alike[:max(1, trials // 12)]}
-    long = run_stage("round 2", kept, epochs, "choose", [seed])
-    finalists = sorted(kept, key=lambda name: rank_key(long[name][0]))[:2]
+    tried = run_stage("try", settings, "choose", [seed])
+    ranked = sorted(settings, key=lambda name: rank_key(tried[name][0]))
 
     # Confirmation
-    candidates = {name: settings[name] for name in finalists}
+    candidates = {name: settings[name] for name in ranked[:2]}
     candidates |= {"default": DEFAULT, "784-400-20": PLAIN}
     seeds = [seed + 100 + repeat for repeat in range(REPEATS)]
-    confirmed = run_stage("confirm", candidates, epochs, "confirm", seeds)
+    confirmed = run_stage("confirm", candidates, "confirm", seeds)
     passing = [name for name in candidates if all(map(passes, confirmed[name]))]
     scores = {name: [result["distance"] for result in confirmed[name]]
               for name in passing or candidates}
@@ -829,7 +821,7 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 
     shown = {"default": DEFAULT, "784-400-20": PLAIN, "typical": typical}
     shown[winner] = candidates[winner]
     seeds = [seed + 200 + repeat for repeat in range(REPEATS)]
-    tested = run_stage("test", shown, epochs, "test", seeds)
+    tested = run_stage("test", shown, "test", seeds)
     if not dist.is_initialized() or dist.get_rank() == 0:
         real, train_x = parts["test"][0], parts["train"][0]
         linear = linear_digits(train_x, 20_000, seed)
@@ -838,9 +830,8 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 
         print_report("on fresh images", confirmed)
         print_report("on test images", tested)
 
-        latest = short | long  # the contact sheet has those of the second round on top
-        order = sorted(settings, key=lambda name: (name not in long, rank_key(latest[name][0])))
-        sheet = torch.cat([latest[name][0]["digits"] for name in order]).view(-1, 1, 28, 28)
+        rows = [tried[name][0]["digits"] for name in ranked]  # the best on top
+        sheet = torch.cat(rows).view(-1, 1, 28, 28)
         save_image(sheet, out / "contact_sheet.png", nrow=20, pad_value=0.5)
         print(f"\nThe winner is {winner}. To train it:\n"
               f"python autoencoder.py --epochs {epochs} {as_options(candidates[winner])}")
@@ -870,8 +861,8 @@ def make_parser(searching: bool) -> argparse.ArgumentParser:
             "Choose settings by how natural the digits are that they generate. Two processes: "
             "torchrun --standalone --nproc-per-node 2 autoencoder.py search")
         add("--out", default="search", help="folder for results, from which a search goes on")
-        add("--epochs", type=positive, default=3, help="passes of the longest trainings")
-        add("--trials", type=positive, default=27, help="random settings to try")
+        add("--epochs", type=positive, default=3, help="passes over the training images")
+        add("--trials", type=positive, default=16, help="random settings to try")
         return parser
 
     parser.description = (

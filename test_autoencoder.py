@@ -25,14 +25,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autoencoder as ae
 
 HERE = Path(__file__).resolve().parent
-HAS_MNIST = (HERE / "data/MNIST/raw/train-images-idx3-ubyte").is_file()
+DATA = HERE / "data"
+HAS_MNIST = (DATA / "MNIST/raw/train-images-idx3-ubyte").is_file()
 needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="MNIST is not in the folder data")
 
 torch.set_num_threads(1)  # which suits small networks, and processes beside each other
@@ -220,7 +221,7 @@ def test_a_model_that_breaks_a_limit_is_not_even_trained(monkeypatch, fault, mes
 def test_answer_the_script_reaches_its_error_on_mnist(tmp_path, capfd):
     """A whole training; "answer" in its name keeps it out of the quick part."""
     with capfd.disabled():
-        model, digits = ae.test_work(HERE / "data", tmp_path, device="cpu")
+        model, digits = ae.test_work(DATA, tmp_path, device="cpu")
     test_loader = DataLoader(TensorDataset(*digits[2:4]), batch_size=1000)
     assert ae.evaluate(model, test_loader)[1] <= 0.0050
     train_x, test_x = digits.train_images.flatten(1), digits.test_images.flatten(1)
@@ -551,30 +552,24 @@ def penalty_is_bad(trial):
     return {"distance": 1 + trial.setting.get("l1", 0) + 1e-9 * trial.seed}
 
 
-def test_search_halves_then_confirms_then_tests_with_fresh_seeds(pretended_search, capsys):
+def test_search_tries_then_confirms_then_tests_with_fresh_seeds(pretended_search, capsys):
     winner, trials = pretended_search(penalty_is_bad)
     stages = {}
     for trial in trials:
-        stage = stages.setdefault(trial.name[:7], {"l1": set(), "seeds": set(), "how": set()})
-        stage["l1"].add(trial.setting.get("l1", 0))
+        stage = stages.setdefault(trial.name.split()[0], {"l1": [], "seeds": set(), "how": set()})
+        stage["l1"].append(trial.setting.get("l1", 0))
         stage["seeds"].add(trial.seed)
         stage["how"].add((trial.epochs, trial.part))
-    assert stages["round 1"]["how"] == {(1, "choose")}
-    assert stages["round 2"]["how"] == {(3, "choose")}
-    assert stages["confirm"]["how"] == {(3, "confirm")}
-    assert stages["test de"]["how"] == {(3, "test")}
-    seeds = [stages[stage]["seeds"] for stage in ("round 1", "confirm", "test de")]
+    assert [stage["how"] for stage in stages.values()] == [
+        {(3, "choose")}, {(3, "confirm")}, {(3, "test")}]
+    seeds = [stage["seeds"] for stage in stages.values()]
     assert [len(group) for group in seeds] == [1, 3, 3] and len(set.union(*seeds)) == 7
 
-    settings = [ae.random_setting(f"0 {i}") for i in range(1, 28)]
-    kept = set()
-    for depth in (0, 1, 2):
-        kept |= set(sorted(s["l1"] for s in settings if len(s["encoder_sizes"]) == depth)[:2])
-    assert stages["round 1"]["l1"] == {s["l1"] for s in settings}
-    assert stages["round 2"]["l1"] == kept
-    assert stages["confirm"]["l1"] == {0, *sorted(kept)[:2]}  # 0: the default and 784-400-20
-    assert stages["test ty"]["l1"] == {sorted(s["l1"] for s in settings)[13]}
-    assert len(trials) == 27 + 6 + 3 * 4 + 3 * 3  # the winner is 784-400-20: three are tested
+    penalties = sorted(ae.random_setting(f"0 {i}")["l1"] for i in range(1, 17))
+    assert sorted(stages["try"]["l1"]) == penalties
+    finalists = 3 * penalties[:1] + 3 * penalties[1:2]
+    assert sorted(stages["confirm"]["l1"]) == 6 * [0] + finalists  # 0: default and 784-400-20
+    assert sorted(stages["test"]["l1"]) == 6 * [0] + 3 * penalties[8:9]  # the typical one
     assert winner == ae.PLAIN
     *_, command = lines = capsys.readouterr().out.splitlines()
     assert command == ("python autoencoder.py --epochs 3 "
@@ -609,7 +604,7 @@ def test_a_search_goes_on_where_it_stopped_and_trains_nothing_twice(
     winner, trials = pretended_search(penalty_is_bad)
     assert len(trials) == 9 and all(trial.name.startswith("test") for trial in trials)
     assert pretended_search(penalty_is_bad) == (winner, [])
-    everything = 27 + 6 + 12 + 9
+    everything = 16 + 12 + 9
     assert len(pretended_search(penalty_is_bad, epochs=6)[1]) == everything
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS._replace(name="others"))
     assert len(pretended_search(penalty_is_bad)[1]) == everything
@@ -710,7 +705,7 @@ def test_every_option_arrives(monkeypatch):
     searched = {"data": "d", "out": "o", "epochs": 2, "trials": 5, "seed": 3}
     assert arrived == [given, searched]
     defaults = vars(ae.make_parser(searching=True).parse_args([]))
-    assert (defaults["epochs"], defaults["trials"]) == (3, 27)
+    assert (defaults["epochs"], defaults["trials"]) == (3, 16)
 
 
 @pytest.mark.parametrize("command, status, message", [
@@ -760,11 +755,12 @@ def test_import_has_no_side_effects(tmp_path):
     assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, "", "", [])
 
 
-# ---- What the answers' experiments share -------------------------------------------------
+# ==== The answers =========================================================================
 #
 # Each section below is one answer of ANSWERS.md. An experiment is a function of a seed that
-# returns the rows of its table. Its test runs it for each of SEEDS, compares what came out
-# with the table in ANSWERS.md, and asserts the claims that the answer draws from it.
+# returns the rows of its tables, and `test_answer_x` is the test of the experiment `x`. It
+# compares what came out with the tables in ANSWERS.md, and asserts the claims that the
+# answer draws from it.
 
 SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0,1,2,3,4").split(",")]
 
@@ -774,37 +770,48 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
 
 
-def measure(experiment, capfd):
-    """Run `experiment(seed)` for each of SEEDS, in as many processes as there are cores.
+@pytest.fixture(scope="session")
+def under_way(request):
+    """The experiments of all chosen tests, each with all SEEDS, in one pool of processes."""
+    names = [item.name.removeprefix("test_answer_") for item in request.session.items]
+    experiments = [globals()[name] for name in names if name in globals()]
+    context = multiprocessing.get_context("spawn")
+    processes = min(os.cpu_count(), len(experiments) * len(SEEDS))
+    with context.Pool(processes, start_worker) as pool:
+        yield {experiment: pool.imap(experiment, SEEDS) for experiment in experiments}
 
-    An experiment returns {row: {column: number}}. Here each number becomes an array with a
-    value for each seed. The terminal hears every 20 seconds how far it is.
+
+@pytest.fixture
+def measure(under_way, capfd):
+    """Called with an experiment: {row: {column: an array with a value for each seed}}.
+
+    Every 20 seconds the terminal hears that it is still waiting.
     """
-    start = time.perf_counter()
-    results = []
-    processes = min(len(SEEDS), os.cpu_count())
-    with multiprocessing.get_context("spawn").Pool(processes, start_worker) as pool:
-        pending = pool.imap(experiment, SEEDS)
+    def wait_for(experiment):
+        results = []
+        start = time.perf_counter()
         while len(results) < len(SEEDS):
             try:
-                results.append(pending.next(timeout=20))
+                results.append(under_way[experiment].next(timeout=20))
             except multiprocessing.TimeoutError:
-                pass
-            with capfd.disabled():
-                seconds = time.perf_counter() - start
-                done = f"{len(results)} of {len(SEEDS)} seeds after {seconds:.0f} s"
-                print(f"\n  {experiment.__name__}: {done}", end="", flush=True)
-    return {
-        row: {column: np.array([result[row][column] for result in results]) for column in cells}
-        for row, cells in results[0].items()
-    }
+                with capfd.disabled():
+                    seconds = time.perf_counter() - start
+                    print(f"\n  {len(results)} of {len(SEEDS)} seeds after {seconds:.0f} s "
+                          f"({experiment.__name__})", end="", flush=True)
+        return {
+            row: {column: np.array([result[row][column] for result in results])
+                  for column in cells}
+            for row, cells in results[0].items()
+        }
+    return wait_for
 
 
 def check_table(name, measured, allowed):
     """The table of ANSWERS.md below `<!-- name -->` states the means that were measured.
 
     `allowed`: column → how far the two may differ, as pytest.approx takes it, {"abs": 0.01}
-    or {"rel": 0.2}. A cell is empty, or begins with the mean: 0.84 ± 0.05.
+    or {"rel": 0.2}; for one cell also (row, column). A cell is empty, or begins with the
+    mean: 0.84 ± 0.05.
     """
     text = (HERE / "ANSWERS.md").read_text(encoding="utf-8")
     lines = text.partition(f"<!-- {name} -->\n")[2].partition("\n\n")[0].splitlines()
@@ -819,7 +826,8 @@ def check_table(name, measured, allowed):
                 continue
             stated = float(re.match(r"-?[\d.]+", cell.replace("−", "-").replace(",", ""))[0])
             mean = measured[row][column].mean()
-            assert mean == pytest.approx(stated, **allowed[column]), f"{where}: {mean:.4g}"
+            near = pytest.approx(stated, **allowed.get((row, column), allowed[column]))
+            assert mean == near, f"{where}: {mean:.4g}"
 
 
 def interval(differences):
@@ -830,79 +838,175 @@ def interval(differences):
     return np.mean(differences) - half, np.mean(differences) + half
 
 
-# ==== Autoencoder 1 and 2: how natural generated digits are, and choosing by it
+def auroc(high, low):
+    """How often a score of `high` exceeds one of `low`: the area under the ROC curve."""
+    low = low.sort().values
+    below = torch.searchsorted(low, high)
+    equal = torch.searchsorted(low, high, right=True) - below
+    return ((below + equal / 2).mean() / len(low)).item()
 
-NO_HIDDEN = {"encoder_sizes": (), "decoder_sizes": (), "refinements": 0}  # 784-20
-ONE_HIDDEN = ae.PLAIN                                                     # 784-400-20
-TWO_HIDDEN = {"refinements": 0}                                           # 784-144-288-20
+
+def falling_adam(model, steps, rate):
+    """Adam and its schedule: the rate falls linearly from `rate` to 0."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    return optimizer, schedule
 
 
-def digit_parts(seed):
-    """MNIST's training images in the parts that the search makes, but drawn by `seed`.
+def descend(loss, optimizer, schedule):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()
 
-    40,000 images train the autoencoders, 10,000 the classifier, 5,000 are the real digits of a
-    comparison, 5,000 are others, for the floor and for digits that are spoiled on purpose.
-    Returns a dict: name → images (n, 784) and labels (n,).
+
+def flipped(x, share):
+    """Binary values x, a random `share` of them flipped."""
+    return (x - (torch.rand_like(x) < share).float()).abs() if share else x
+
+
+class NetworkStack(nn.Module):
+    """`count` separate networks with two hidden layers, ReLU and dropout, run at once."""
+
+    def __init__(self, count, inputs, width=128, outputs=10, dropout=0.2):
+        super().__init__()
+        self.dropout = dropout
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for size_in, size_out in [(inputs, width), (width, width), (width, outputs)]:
+            normal = torch.randn(count, size_in, size_out)
+            self.weights.append(normal * (2 / size_in) ** 0.5)
+            self.biases.append(torch.zeros(count, 1, size_out))
+
+    def last_hidden(self, x):
+        """Before its ReLU. (count, n, inputs), or (n, inputs) for all → (count, n, width)"""
+        x = x.expand(len(self.weights[0]), *x.shape[-2:])
+        hidden = torch.baddbmm(self.biases[0], x, self.weights[0])
+        hidden = F.dropout(hidden.relu(), self.dropout, self.training)
+        return torch.baddbmm(self.biases[1], hidden, self.weights[1])
+
+    def forward(self, x):
+        """→ logits (count, n, outputs)"""
+        hidden = F.dropout(self.last_hidden(x).relu(), self.dropout, self.training)
+        return torch.baddbmm(self.biases[2], hidden, self.weights[2])
+
+
+def fit_stack(networks, loss_function, x, targets, steps, rows=None, noise=0.0):
+    """Adam, the rate falling linearly from 0.004 to 0, batches of 100 for each network.
+
+    x (n, inputs), targets: a tuple of tensors (n, …)
+    rows (count, m): the row numbers from which each network draws, if not from all
+    noise: share of the (binary) inputs that is flipped afresh in each step
     """
-    parts = ae.split_data(ae.load_data(HERE / "data"), seed)
-    return {"train": parts["train"], "classifier": parts["classifier"],
-            "real": parts["choose"], "other": parts["confirm"]}
+    if rows is None:
+        rows = torch.arange(len(x)).expand(len(networks.weights[0]), -1)
+    optimizer, schedule = falling_adam(networks, steps, rate=0.004)
+    networks.train()
+    for _ in range(steps):
+        batch = rows.gather(1, torch.randint(rows.shape[1], (len(rows), 100)))
+        outputs = networks(flipped(x[batch], noise)).flatten(0, 1)
+        loss = loss_function(outputs, *[target[batch.flatten()] for target in targets])
+        descend(loss, optimizer, schedule)
+    return networks.eval().requires_grad_(False)
 
 
-def train_setting(setting, epochs, parts, seed):
-    """An autoencoder of this setting, trained as the search trains its own, without gradients."""
-    return ae.train_setting(setting, *parts["train"], epochs, seed).requires_grad_(False)
+def test_networks_in_a_stack_are_separate_networks():
+    torch.manual_seed(0)
+    stack, x = NetworkStack(3, inputs=5).eval(), torch.rand(3, 4, 5)
+    for i in range(3):
+        weights, biases = [w[i] for w in stack.weights], [b[i] for b in stack.biases]
+        hidden = (x[i] @ weights[0] + biases[0]).relu()
+        hidden = (hidden @ weights[1] + biases[1]).relu()
+        alone = hidden @ weights[2] + biases[2]
+        torch.testing.assert_close(stack(x)[i], alone, atol=1e-5, rtol=1e-4)
 
 
-def squared_error(model, images):
-    """Mean squared error per pixel of reconstructed images (n, 784)."""
-    return (model(images) - images).square().mean().item()
+def test_auroc_is_the_share_of_pairs_in_the_right_order():
+    torch.manual_seed(0)
+    high, low = torch.randint(8, (30,)).float() + 1, torch.randint(8, (40,)).float()
+    pairs = (high[:, None] > low).float() + (high[:, None] == low).float() / 2
+    assert auroc(high, low) == pytest.approx(pairs.mean().item())
 
 
-def generated_digits(model, parts, seed, count=20_000):
+# ==== Autoencoder 1: choosing settings by how natural the generated digits are ============
+
+SHALLOW = {"encoder_sizes": (), "decoder_sizes": (), "refinements": 0}  # 784-20
+DEEP = {"refinements": 0}                                               # 784-144-288-20
+
+
+def generated_digits(model, train_images, seed, count=20_000):
     """What the search judges: digits from 100 Gaussians over the codes of 10,000 images."""
-    images, _ = parts["train"]
-    density = ae.fit_density(model, images[:10_000])
+    density = ae.fit_density(model, train_images[:10_000])
     return ae.generate(model, density, count, seed)
 
 
-# ---- Short trainings
+def autoencoder1(seed):
+    """Two experiments on MNIST's training images, in the parts that the search makes.
 
-def short_trainings(seed):
-    """A shallow and a deep network, each trained for one epoch and anew for three.
+    Short trainings: 784-20 and 784-144-288-20 and back, without refinements, are trained for
+    one epoch and anew for three, with the script's recipe and the Euclidean loss. Both are
+    scored by their mean squared error per pixel on 5,000 held-out digits, and by the Fréchet
+    distance of 20,000 generated digits to these. Columns: the shallow network's score
+    divided by the deep one's, so below 1 the shallow one is ahead.
 
-    784-20 and 784-144-288-20 and back, without refinements, with the script's recipe and the
-    Euclidean loss. Two scores of each: mean squared error per pixel on 5,000 held-out digits,
-    and Fréchet distance of 20,000 generated digits to these. Columns: the shallow network's
-    score divided by the deep one's, so below 1 the shallow one is ahead.
+    Samplers: 20,000 digits are generated from four densities over the codes of the deep
+    network after three epochs: 1, 100 and 1,000 Gaussians, fitted to the codes of 10,000
+    training images, and one Gaussian around each of these codes, with a thousandth of the
+    codes' variance. Columns: Fréchet distance to 5,000 held-out digits, divided by that with
+    100 Gaussians, and the two guards.
     """
-    parts = digit_parts(seed)
-    real, _ = parts["real"]
+    parts = ae.split_data(ae.load_data(DATA), seed)
+    train_images, _ = parts["train"]
+    real, _ = parts["choose"]
     classifier = ae.train_classifier(*parts["classifier"], seed)
-    real_features, _ = classifier.describe(real)
+    real_features, real_classes = classifier.describe(real)
     rows = {}
+
     for row, epochs in [("one epoch", 1), ("three epochs", 3)]:
         errors, distances = [], []
-        for setting in [NO_HIDDEN, TWO_HIDDEN]:
-            model = train_setting(setting, epochs, parts, seed)
-            features, _ = classifier.describe(generated_digits(model, parts, seed))
-            errors.append(squared_error(model, real))
+        for setting in [SHALLOW, DEEP]:
+            model = ae.train_setting(setting, *parts["train"], epochs, seed)
+            model.requires_grad_(False)
+            features, _ = classifier.describe(generated_digits(model, train_images, seed))
+            errors.append((model(real) - real).square().mean().item())
             distances.append(ae.frechet_distance(features, real_features))
         rows[row] = {
             "error, shallow to deep": errors[0] / errors[1],
             "distance, shallow to deep": distances[0] / distances[1],
         }
+
+    seen = train_images[:10_000]
+    codes = model.encode(seen)
+    narrow = (1e-3 * codes.var(dim=0).mean()).sqrt() * torch.eye(20)
+    densities = {
+        "1 Gaussian": ae.fit_density(model, seen, components=1),
+        "100 Gaussians, ours": ae.fit_density(model, seen, components=100),
+        "1,000 Gaussians": ae.fit_density(model, seen, components=1_000),
+        "10,000 Gaussians, one for each code": ae.Density(
+            torch.full((10_000,), 1 / 10_000), codes, narrow.expand(10_000, 20, 20)),
+    }
+    for row, density in densities.items():
+        generated = ae.generate(model, density, 20_000, seed)
+        features, classes = classifier.describe(generated)
+        rows[row] = {
+            "distance, ours = 1": ae.frechet_distance(features, real_features),
+            "class guard": ae.class_balance(classes, real_classes),
+            "copy guard": ae.copy_ratio(model, generated, real, seen),
+        }
+    unit = rows["100 Gaussians, ours"]["distance, ours = 1"]
+    for row in densities:
+        rows[row]["distance, ours = 1"] /= unit
     return rows
 
 
 @needs_mnist
-def test_answer_autoencoder1_short_trainings(capfd):
-    table = measure(short_trainings, capfd)
-    check_table("short_trainings", table, {
+def test_answer_autoencoder1(measure):
+    rows = measure(autoencoder1)
+    trainings = {row: rows.pop(row) for row in ["one epoch", "three epochs"]}
+    check_table("short_trainings", trainings, {
         "error, shallow to deep": {"abs": 0.17},
         "distance, shallow to deep": {"rel": 0.25, "abs": 0.25},
     })
-    early, late = table["one epoch"], table["three epochs"]
+    early, late = trainings.values()
     distance, error = "distance, shallow to deep", "error, shallow to deep"
     assert (early[distance] < 0.85).all(), "after one epoch the shallow one is ahead"
     assert (late[distance] > 1.4).all(), "after three epochs the deep one is ahead"
@@ -910,77 +1014,30 @@ def test_answer_autoencoder1_short_trainings(capfd):
     low, _ = interval(np.log(late[error]))
     assert high < 0 < low, "the reconstruction error makes the same mistake"
 
-
-# ---- The sampler
-
-def samplers(seed):
-    """One network, 784-400-20 after three epochs, and five densities over its codes.
-
-    The standard normal distribution; 1, 100 and 1,000 Gaussians, fitted to the codes of
-    10,000 training images; and one Gaussian around each of these codes, with a thousandth of
-    the codes' variance. 20,000 digits are generated from each. Columns: Fréchet distance to
-    5,000 held-out digits, and the two guards.
-    """
-    parts = digit_parts(seed)
-    real, _ = parts["real"]
-    seen = parts["train"][0][:10_000]
-    classifier = ae.train_classifier(*parts["classifier"], seed)
-    real_features, real_classes = classifier.describe(real)
-    model = train_setting(ONE_HIDDEN, 3, parts, seed)
-
-    codes = model.encode(seen)
-    one = torch.ones(1)
-    narrow = (1e-3 * codes.var(dim=0).mean()).sqrt() * torch.eye(20)
-    densities = {
-        "standard normal": ae.Density(one, torch.zeros(1, 20), torch.eye(20)[None]),
-        "1 Gaussian, fitted": ae.fit_density(model, seen, components=1),
-        "100 Gaussians, ours": ae.fit_density(model, seen, components=100),
-        "1,000 Gaussians": ae.fit_density(model, seen, components=1_000),
-        "10,000 Gaussians, one a code": ae.Density(one.expand(10_000) / 10_000, codes,
-                                       narrow.expand(10_000, 20, 20)),
-    }
-    rows = {}
-    for row, density in densities.items():
-        generated = ae.generate(model, density, 20_000, seed)
-        features, classes = classifier.describe(generated)
-        rows[row] = {
-            "distance to real digits": ae.frechet_distance(features, real_features),
-            "class guard": ae.class_balance(classes, real_classes),
-            "copy guard": ae.copy_ratio(model, generated, real, seen),
-        }
-    return rows
-
-
-@needs_mnist
-def test_answer_autoencoder1_samplers(capfd):
-    table = measure(samplers, capfd)
-    check_table("samplers", table, {
-        "distance to real digits": {"rel": 0.25},
-        "class guard": {"abs": 0.1}, "copy guard": {"abs": 0.1},
+    check_table("samplers", rows, {
+        "distance, ours = 1": {"rel": 0.2}, "class guard": {"abs": 0.1}, "copy guard": {"abs": 0.1},
     })
-    distance = {row: cells["distance to real digits"] for row, cells in table.items()}
-    ours, copied = "100 Gaussians, ours", "10,000 Gaussians, one a code"
-    assert (distance["1 Gaussian, fitted"] > 5 * distance[ours]).all(), "one is five times as far"
-    assert (distance["standard normal"] > 15 * distance[ours]).all(), "standard normal fifteen"
-    assert (distance[copied] < 0.75 * distance[ours]).all(), "the cheat wins"
-    assert (table[copied]["copy guard"] < 0.5).all(), "the guard sees the cheat"
-    assert (table[ours]["copy guard"] > 0.9).all(), "it lets honest digits pass"
-    assert (table[ours]["class guard"] > 0.6).all(), "no class is missing among these"
+    one, ours, _, copied = rows.values()
+    assert (one["distance, ours = 1"] > 5).all(), "one Gaussian is several times as far"
+    assert (copied["distance, ours = 1"] < 0.9).all(), "the cheat wins"
+    assert (copied["copy guard"] < 0.5).all(), "the guard sees the cheat"
+    assert (ours["copy guard"] > 0.9).all(), "it lets honest digits pass"
+    assert (ours["class guard"] > 0.6).all(), "no class is missing among these"
 
 
 def test_answer_autoencoder1_one_penalty_for_three_networks():
     """The penalty at initialisation, where a weight has mean size 1 / (2 √inputs)."""
-    wide = {"encoder_sizes": (800, 800), "decoder_sizes": (800, 800)}
+    wide = {"encoder_sizes": (400, 400), "decoder_sizes": (400, 400)}
     sums = []
-    for setting in [NO_HIDDEN, {}, wide]:
+    for setting in [SHALLOW, {}, wide]:
         torch.manual_seed(0)
         model = ae.AutoEncoder(784, 20, **setting)
         sums.append(sum(p.abs().sum().item() for p in model.parameters()))
-    stated = [2_111, 13_739, 47_153]
-    assert sums == pytest.approx(stated, rel=0.02), "the same λ weighs 22 times as much"
+    stated = [2_111, 13_736, 22_629]
+    assert sums == pytest.approx(stated, rel=0.02), "the same λ weighs eleven times as much"
 
 
-# ---- The metric, tested before it is trusted
+# ==== Autoencoder 2: the metric, tested before it is trusted ==============================
 
 class PlainClassifier(ae.Classifier):
     """The script's classifier before its repair: images and features stay as they are."""
@@ -1008,78 +1065,71 @@ def glued(images):
     return torch.cat([images[:, :, :14], right[:, :, 14:]], dim=2).flatten(1)
 
 
-def spoiled_digits(images, labels):
-    """Real digits (n, 784), spoiled in four ways: row of the table → images."""
-    some = images.clone()
-    some[::10] = glued(images)[::10]
-    rest = images[labels != 4]
-    no_fours = torch.cat([rest, rest])[:len(images)]
-    return {
-        "real, slightly blurred": blurred(images),
-        "real, a fifth dimmer": 0.8 * images,
-        "real, one in ten glued": some,
-        "real, without 4": no_fours,
-    }
-
-
-def judged_sets(seed):
-    """The sets of images that `judged` judges, the parts of MNIST, and the default model."""
-    parts = digit_parts(seed)
-    other, other_labels = parts["other"]
-    train_images, _ = parts["train"]
-    default = train_setting({}, 3, parts, seed)
-    sets = {"real digits": other} | spoiled_digits(other, other_labels)
-    sets["copies of training digits"] = train_images[:5_000]
-    sets["autoencoder, default"] = generated_digits(default, parts, seed, count=5_000)
-    sets["PCA with a Gaussian"] = ae.linear_digits(train_images, 5_000, seed)
-    return sets, parts, default
-
-
-def judged(seed):
+def autoencoder2(seed):
     """Sets of digits whose faults are known, judged by the metric before and after its repair.
 
     Against 5,000 real digits, 5,000 of each row: others, the same spoiled, copies of training
-    digits, those of the default autoencoder after three epochs, those of a Gaussian over 20
-    principal components. In the last row, 500 real digits against 500. Columns: Fréchet
-    distance divided by the autoencoder's, in the features of a plain classifier and in those
-    of the script's; the two guards.
+    digits, those of the default autoencoder after three epochs, the same blurred, those of a
+    Gaussian over 20 principal components. In the last row, the mean of ten times 500 against
+    500 real digits.
+    Columns: Fréchet distance divided by the autoencoder's, in the features of a plain
+    classifier and in those of the script's; the two guards.
     """
-    sets, parts, default = judged_sets(seed)
-    real, _ = parts["real"]
-    seen = parts["train"][0][:10_000]
+    parts = ae.split_data(ae.load_data(DATA), seed)
+    train_images, _ = parts["train"]
+    real, _ = parts["choose"]
+    other, labels = parts["confirm"]
+    default = ae.train_setting({}, *parts["train"], 3, seed).requires_grad_(False)
+    generated = generated_digits(default, train_images, seed, count=5_000)
+
+    some_glued = other.clone()
+    some_glued[::10] = glued(other)[::10]
+    rest = other[labels != 4]
+    sets = {
+        "real digits": other,
+        "real, slightly blurred": blurred(other),
+        "real, a fifth dimmer": 0.8 * other,
+        "real, one in ten glued": some_glued,
+        "real, without 4": torch.cat([rest, rest])[:5_000],
+        "copies of training digits": train_images[:5_000],
+        "autoencoder, default": generated,
+        "the same, slightly blurred": blurred(generated),
+        "PCA with a Gaussian": ae.linear_digits(train_images, 5_000, seed),
+    }
+
+    seen = train_images[:10_000]
     before = ae.train_classifier(*parts["classifier"], seed, kind=PlainClassifier)
     after = ae.train_classifier(*parts["classifier"], seed)
     real_before, _ = before.describe(real)
     real_after, real_classes = after.describe(real)
     rows = {}
     for row, images in sets.items():
+        features_before, _ = before.describe(images)
         features, classes = after.describe(images)
         rows[row] = {
+            "usual features": ae.frechet_distance(features_before, real_before),
             "our features": ae.frechet_distance(features, real_after),
             "class guard": ae.class_balance(classes, real_classes),
             "copy guard": ae.copy_ratio(default, images, real, seen),
         }
-    for row in ["real digits", "real, slightly blurred", "real, a fifth dimmer",
-                "autoencoder, default"]:
-        features, _ = before.describe(sets[row])
-        rows[row]["usual features"] = ae.frechet_distance(features, real_before)
-    few, _ = after.describe(sets["real digits"][:500])
-    few_distance = ae.frechet_distance(few, real_after[:500])
-    rows["500 real digits, not 5,000"] = {"our features": few_distance}
+    other_after, _ = after.describe(other)
+    tenths = zip(other_after.split(500), real_after.split(500))
+    few = np.mean([ae.frechet_distance(*pair) for pair in tenths])
+    rows["500 real digits, not 5,000"] = {"our features": few}
 
     units = dict(rows["autoencoder, default"])
     for row in rows.values():
-        for column in ["usual features", "our features"]:
-            if column in row:
-                row[column] /= units[column]
+        for column in {"usual features", "our features"} & set(row):
+            row[column] /= units[column]
     return rows
 
 
 @needs_mnist
-def test_answer_autoencoder2_judged(capfd):
-    table = measure(judged, capfd)
+def test_answer_autoencoder2(measure):
+    table = measure(autoencoder2)
     check_table("judged", table, {
-        "usual features": {"rel": 0.33, "abs": 0.2}, "our features": {"rel": 0.3, "abs": 0.22},
+        "usual features": {"rel": 0.33, "abs": 0.2}, "our features": {"rel": 0.18, "abs": 0.22},
+        ("real, without 4", "usual features"): {"rel": 0.44},
         "class guard": {"abs": 0.1}, "copy guard": {"abs": 0.08},
     })
     for row, least in [("real, slightly blurred", 1.2), ("real, a fifth dimmer", 10)]:
@@ -1093,6 +1143,7 @@ def test_answer_autoencoder2_judged(capfd):
     assert (ours["copies of training digits"] < 1).all(), "copies beat the autoencoder's"
     assert (ours["real, without 4"] > 2).all(), "a missing class is far behind"
     assert (ours["PCA with a Gaussian"] > 5).all(), "a linear model is farther behind still"
+    assert (ours["the same, slightly blurred"] > 1.15).all(), "blur makes the autoencoder worse"
     few = ours["500 real digits, not 5,000"]
     assert (few > 1.5).all(), "500 real digits score worse than 5,000 of the autoencoder"
 
@@ -1106,23 +1157,6 @@ def test_answer_autoencoder2_judged(capfd):
         elif "copy guard" in cells:
             assert (cells["copy guard"] > 0.85).all(), f"{row}: the copy guard lets it pass"
 
-
-def draw_judged(path, seed=0):
-    """The picture beside the table: twenty digits of each of its rows but the last."""
-    sets, parts, _ = judged_sets(seed)
-    other, _ = parts["other"]
-    sets["real, one in ten glued"] = glued(other)[::10]  # the tenth that is glued
-    names = ["real", "blurred", "dimmer", "glued", "no 4", "copies", "default", "PCA"]
-    sheet = Image.new("L", (62 + 20 * 28, 30 * len(sets)), 255)
-    for top, name, images in zip(range(0, sheet.height, 30), names, sets.values()):
-        row = torch.cat([*images[:20].view(-1, 28, 28)], dim=1)  # (28, 560)
-        picture = Image.fromarray((row * 255).byte().numpy())
-        sheet.paste(picture, (62, top + 1))
-        ImageDraw.Draw(sheet).text((3, top + 7), name, 0, ImageFont.load_default(13))
-    sheet.save(path, optimize=True)
-
-
-# ---- The measures against independent computations
 
 class Identity(nn.Module):
     """An "autoencoder" whose images are their own codes."""
@@ -1193,22 +1227,11 @@ def test_features_do_not_depend_on_brightness():
     assert features.norm(dim=1).numpy() == pytest.approx(10, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------
-# Other 1: model uncertainty
+# ==== Other 1: model uncertainty ==========================================================
 #
-# Small networks are trained on digits of eight classes and on "tosses": two
-# digits written over each other, labelled with one of the two by the toss of
-# a coin. More labels cannot help with tosses. They can help with digits of
-# the two classes left out. Which measure of doubt tells the two apart?
-
-
-def auroc(high, low):
-    """How often a score of `high` exceeds one of `low`: the area under the ROC curve."""
-    low = low.sort().values
-    below = torch.searchsorted(low, high)
-    equal = torch.searchsorted(low, high, right=True) - below
-    return ((below + equal / 2).mean() / len(low)).item()
-
+# Small networks learn digits of eight classes and coin tosses: two digits written over each
+# other, labelled with one of them at random. More labels cannot help with coin tosses. They
+# can help with digits of the two classes left out. Which measure of doubt tells them apart?
 
 def split_classes(seed, images, labels):
     """→ (images, labels) of eight classes, (images, labels) of the two left out."""
@@ -1219,7 +1242,7 @@ def split_classes(seed, images, labels):
     return (images[~out], labels[~out]), (images[out], labels[out])
 
 
-def coin_tosses(images, labels, count):
+def toss_coins(images, labels, count):
     """Two digits of different classes over each other, labelled as one of them."""
     first, second = torch.randint(len(images), (2, 2 * count))
     differ = labels[first] != labels[second]
@@ -1229,34 +1252,35 @@ def coin_tosses(images, labels, count):
     return torch.maximum(images[first], images[second]), tossed
 
 
-class TossTask:
+class CoinTossTask:
     """The images of one seed, in sets (images, labels). No training image is in two.
 
-    labelled   2,000 digits of eight classes and 1,000 tosses of such digits
-    pool       6,000 digits and 4,000 tosses of these, 1,000 digits of the others
+    labelled   2,000 digits of eight classes and 1,000 coin tosses of such digits
+    pool       6,000 digits and 4,000 coin tosses of these, 1,000 digits of the others
     held_out   1,000 digits of the eight classes, to fit temperatures
     all_ten    the 10,000 test images
-    known      those of the eight classes; tosses: 2,000 tosses of these
+    known      those of the eight classes
+    tosses     2,000 coin tosses of these
     unseen     those of the two classes left out
     """
 
     def __init__(self, seed):
         torch.manual_seed(seed)
-        data = ae.load_data(HERE / "data")
+        data = ae.load_data(DATA)
         order = torch.randperm(50_000)
         images, labels = data.train_images[order], data.train_labels[order]
         (x, y), (new_x, new_y) = split_classes(seed, images, labels)
 
-        tosses, tossed = coin_tosses(x[2000:5000], y[2000:5000], 1000)
+        tosses, tossed = toss_coins(x[2000:5000], y[2000:5000], 1000)
         self.labelled = torch.cat([x[:2000], tosses]), torch.cat([y[:2000], tossed])
-        tosses, tossed = coin_tosses(x[11000:23000], y[11000:23000], 4000)
+        tosses, tossed = toss_coins(x[11000:23000], y[11000:23000], 4000)
         self.pool = (torch.cat([x[5000:11000], tosses, new_x[:1000]]),
                      torch.cat([y[5000:11000], tossed, new_y[:1000]]))
         self.held_out = x[23000:24000], y[23000:24000]
 
         self.all_ten = data.test_images, data.test_labels
         self.known, self.unseen = split_classes(seed, *self.all_ten)
-        self.tosses = coin_tosses(*self.known, 2000)
+        self.tosses = toss_coins(*self.known, 2000)
 
 
 def shrunk(images):
@@ -1264,84 +1288,21 @@ def shrunk(images):
     return F.avg_pool2d(images, 2).flatten(1)
 
 
-def moved(images, angle, zoom_x=1, zoom_y=1, shift_x=0, shift_y=0):
-    """images (n, 1, 28, 28), angle in radians (n,), the others numbers or (n,)"""
-    nothing = torch.zeros(len(images))
-    across = [zoom_x * angle.cos(), -zoom_y * angle.sin(), nothing + shift_x]
-    down = [zoom_x * angle.sin(), zoom_y * angle.cos(), nothing + shift_y]
-    moves = torch.stack(across + down, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(moves, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
 def distorted_copies(images, each):
     """`each` copies of every image, (n, 1, 28, 28) → (each * n, 196).
 
-    Uniformly turned by up to 15 degrees, zoomed by up to 7 %, shifted by up to a
-    pixel in each direction, then shrunk. Copy k of image i is in row k * n + i.
+    Uniformly turned by up to 15 degrees, zoomed by up to 7 %, shifted by up to a pixel in
+    each direction, then shrunk. Copy k of image i is in row k * n + i.
     """
     images = images.repeat(each, 1, 1, 1)
     turn, zoom_x, zoom_y, shift_x, shift_y = 2 * torch.rand(5, len(images)) - 1
     turn = turn * math.radians(15)
     zoom_x, zoom_y = 1 + 0.07 * zoom_x, 1 + 0.07 * zoom_y
-    return shrunk(moved(images, turn, zoom_x, zoom_y, shift_x / 14, shift_y / 14))
-
-
-class NetworkStack(nn.Module):
-    """`count` separate networks 196-128-128-10, with ReLU and dropout."""
-
-    def __init__(self, count, width=128, outputs=10, dropout=0.2):
-        super().__init__()
-        self.dropout = dropout
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        sizes = [196, width, width, outputs]
-        for inputs, outputs in zip(sizes[:-1], sizes[1:]):
-            normal = torch.randn(count, inputs, outputs)
-            self.weights.append(normal * (2 / inputs) ** 0.5)
-            self.biases.append(torch.zeros(count, 1, outputs))
-
-    def last_hidden(self, x):
-        """Before its ReLU. (count, n, 196), or (n, 196) for all → (count, n, width)"""
-        x = x.expand(len(self.weights[0]), *x.shape[-2:])
-        hidden = torch.baddbmm(self.biases[0], x, self.weights[0])
-        hidden = F.dropout(hidden.relu(), self.dropout, self.training)
-        return torch.baddbmm(self.biases[1], hidden, self.weights[1])
-
-    def forward(self, x):
-        """→ logits (count, n, outputs)"""
-        hidden = F.dropout(self.last_hidden(x).relu(), self.dropout, self.training)
-        return torch.baddbmm(self.biases[2], hidden, self.weights[2])
-
-
-def fit_stack(networks, loss_function, x, targets, steps, rows=None):
-    """Adam, the rate falling linearly from 0.004 to 0, batches of 100 for each network.
-
-    x (n, 196), targets: a tuple of tensors (n, …)
-    rows (count, m): the row numbers from which each network draws, if not from all
-    """
-    if rows is None:
-        rows = torch.arange(len(x)).expand(len(networks.weights[0]), -1)
-    adam = torch.optim.Adam(networks.parameters(), lr=0.004, fused=True)
-    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    networks.train()
-    for _ in range(steps):
-        batch = rows.gather(1, torch.randint(rows.shape[1], (len(rows), 100)))
-        outputs = networks(x[batch]).flatten(0, 1)
-        loss = loss_function(outputs, *[target[batch.flatten()] for target in targets])
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        rate.step()
-    return networks.eval()
-
-
-@torch.no_grad()
-def class_probabilities(networks, x, passes=1):
-    """(passes * count, n, 10). More than one pass: with dropout left on."""
-    networks.train(passes > 1)
-    probabilities = torch.cat([networks(x).softmax(-1) for _ in range(passes)])
-    networks.eval()
-    return probabilities
+    across = [zoom_x * turn.cos(), -zoom_y * turn.sin(), shift_x / 14]
+    down = [zoom_x * turn.sin(), zoom_y * turn.cos(), shift_y / 14]
+    maps = torch.stack(across + down, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return shrunk(F.grid_sample(images, grid, align_corners=False))
 
 
 class Doubt(NamedTuple):
@@ -1353,13 +1314,39 @@ class Doubt(NamedTuple):
 def doubt(probabilities):
     """Predictions of S models, (S, n, 10) → Doubt.
 
-    Disagreement is the mutual information of class and model: the entropy of the
-    mean less the mean entropy (Depeweg et al. 2018).
+    Disagreement is the mutual information of class and model: the entropy of the mean less
+    the mean entropy (Depeweg et al. 2018).
     """
     mean = probabilities.mean(0)
     entropy = torch.special.entr(mean).sum(-1)
     agreed = torch.special.entr(probabilities).sum(-1).mean(0)
     return Doubt(mean, entropy, (entropy - agreed).clamp_min(0))
+
+
+@torch.no_grad()
+def ask_networks(networks, x, passes=1):
+    """x (n, 196) → Doubt of all networks. More than one pass: with dropout left on."""
+    networks.train(passes > 1)
+    probabilities = torch.cat([networks(x).softmax(-1) for _ in range(passes)])
+    networks.eval()
+    return doubt(probabilities)
+
+
+@torch.no_grad()
+def ask_student(student, x):
+    """x (n, 196) → Doubt, in one pass. The eleventh output gives the share of disagreement."""
+    logits = student(x)[0]
+    mean = logits[:, :10].softmax(-1)
+    entropy = torch.special.entr(mean).sum(-1)
+    return Doubt(mean, entropy, entropy * logits[:, 10].sigmoid())
+
+
+def student_loss(logits, mean, entropy, disagreement):
+    """Of outputs (n, 11): ten learn the teacher's mean, the eleventh learns the share of
+    disagreement in its entropy."""
+    share, agreed = logits[:, 10], entropy - disagreement
+    split = disagreement * F.logsigmoid(share) + agreed * F.logsigmoid(-share)
+    return F.cross_entropy(logits[:, :10], mean) - split.mean()
 
 
 def student_inputs(images):
@@ -1372,30 +1359,9 @@ def student_inputs(images):
     return proportion * x + (1 - proportion) * other
 
 
-def mean_loss(logits, mean, *_):
-    """The first ten outputs (n, 11) learn the teacher's mean (n, 10)."""
-    return -(mean * logits[:, :10].log_softmax(-1)).sum(-1).mean()
-
-
-def student_loss(logits, mean, entropy, disagreement):
-    """The eleventh learns the share of disagreement in the entropy, as its sigmoid."""
-    share, agreed = logits[:, 10], entropy - disagreement
-    split = disagreement * F.logsigmoid(share) + agreed * F.logsigmoid(-share)
-    return mean_loss(logits, mean) - split.mean()
-
-
-@torch.no_grad()
-def ask_student(student, x):
-    """One pass, x (n, 196) → Doubt."""
-    logits = student(x)[0]
-    mean = logits[:, :10].softmax(-1)
-    entropy = torch.special.entr(mean).sum(-1)
-    return Doubt(mean, entropy, entropy * logits[:, 10].sigmoid())
-
-
 @torch.no_grad()
 def feature_surprise(network, images, labels, x):
-    """−ln density of the last hidden layer: a Gaussian a class (Mukhoti et al. 2023).
+    """−ln density of the last hidden layer: a Gaussian for each class (Mukhoti et al. 2023).
 
     Fitted to images (n, 196) and labels (n,), asked at x (m, 196) → (m,)
     """
@@ -1428,16 +1394,15 @@ def labels_bought(task, x, y, scores):
     new_rows = new_rows.transpose(0, 1).flatten(1)
     rows = torch.cat([old_rows, new_rows], dim=1).repeat(2, 1)
     x, y = torch.cat([x, new_x]), torch.cat([y, new_y])
-    networks = NetworkStack(2 * ways)
-    fit_stack(networks, F.cross_entropy, x, (y,), 800, rows)
+    networks = fit_stack(NetworkStack(2 * ways, 196), F.cross_entropy, x, (y,), 800, rows)
 
     images, labels = task.all_ten
-    right = class_probabilities(networks, shrunk(images)).argmax(-1) == labels
+    right = networks(shrunk(images)).argmax(-1) == labels
     right = (100 * right.float().mean(-1)).view(2, ways).mean(0)
-    # The order of the pool: 6,000 digits, 4,000 tosses, 1,000 unseen.
+    # The order of the pool: 6,000 digits, 4,000 coin tosses, 1,000 unseen.
     unseen = chosen >= 10_000
     tosses = (chosen >= 6000) & ~unseen
-    return {way: {"tosses, %": tosses[i].sum().item() / 2,  # of 200
+    return {way: {"coin tosses, %": tosses[i].sum().item() / 2,  # of 200
                   "unseen, %": unseen[i].sum().item() / 2,
                   "right after, %": right[i].item()}
             for i, way in enumerate(scores)}
@@ -1449,22 +1414,21 @@ def negative_log_likelihood(mean, labels, temperature):
     return F.cross_entropy(logits, labels).item()
 
 
-def predictions_scored(task, held_out, known, known_turned, tosses):
-    """{method: Doubt} about four sets of images → {method: {column: number}}"""
-    labels, held_labels = task.known[1], task.held_out[1]
-    both_labels = torch.cat([labels, task.tosses[1]])
+def predictions_scored(task, held_out, known, tosses):
+    """{method: Doubt} about three sets of images → {method: {column: number}}"""
+    _, labels = task.known
+    _, held_labels = task.held_out
+    _, tossed = task.tosses
     temperatures = np.geomspace(0.25, 4, 101)
     table = {}
     for method in known:
-        held = held_out[method].mean
-        losses = [negative_log_likelihood(held, held_labels, t) for t in temperatures]
+        losses = [negative_log_likelihood(held_out[method].mean, held_labels, temperature)
+                  for temperature in temperatures]
         best = temperatures[np.argmin(losses)]
-        upright, turned = known[method].mean, known_turned[method].mean
-        row = {"NLL": negative_log_likelihood(upright, labels, best),
-               "NLL, turned": negative_log_likelihood(turned, labels, best)}
+        row = {"NLL": negative_log_likelihood(known[method].mean, labels, best)}
 
         both = Doubt(*map(torch.cat, zip(known[method], tosses[method])))
-        wrong = both.mean.argmax(-1) != both_labels
+        wrong = both.mean.argmax(-1) != torch.cat([labels, tossed])
         for name in "entropy", "disagreement":
             score = getattr(both, name)
             if score.any():  # a single prediction disagrees with nothing
@@ -1474,104 +1438,123 @@ def predictions_scored(task, held_out, known, known_turned, tosses):
         table[method] = row
 
     # Likelihoods differ more between classes left out than between methods.
-    for column in "NLL", "NLL, turned":
-        of_one = table["one network"][column]
-        for row in table.values():
-            row[column] *= 100 / of_one
+    of_one = table["one network"]["NLL"]
+    for row in table.values():
+        row["NLL"] *= 100 / of_one
     return table
 
 
-def model_uncertainty(seed):
+def other1(seed):
     """What the two tables of Other 1 say of one seed: {row: {column: number}}.
 
-    Networks: 196-128-128-10, trained on ten distorted copies of each labelled image.
-    "Five networks": 1,500 steps each. "One network": the first of these. "Twice as
-    long": 3,000 steps. "Twice as wide": 256 hidden units. "Dropout on": 20 predictions
-    with fresh masks, of one network 20, of five 4 each.
-    Students: an eleventh output, no dropout, 1,500 steps. Their teachers have dropout
-    on. The student of the mean learns the mean of the five and no share.
+    Networks: 196-128-128-10, trained for 1,500 steps on ten distorted copies of each labelled
+    image. "One network": the first of five. "Twice as wide": 256 hidden units. "Dropout on":
+    20 predictions with fresh masks, by which also the student is taught; it has an eleventh
+    output and no dropout, and 1,500 steps.
 
-    Table 1. "tosses", "unseen": their share of the 200 images chosen. "right after":
-    mean accuracy on all test images of two networks trained for 800 steps on all
-    labels. "unseen against tosses": AUROC, on `TossTask.unseen` and `.tosses`.
+    Table 1. "coin tosses", "unseen": their share of the 200 images chosen. "right after":
+    mean accuracy on all test images of two networks trained for 800 steps on all labels.
+    "unseen against tosses": AUROC, on `CoinTossTask.unseen` and `.tosses`.
 
-    Table 2. NLL: negative log-likelihood of the known digits, upright and turned by 30
-    degrees, in % of that of one network, at the temperature that is best on held-out
-    digits. "wrong, kept by": errors among the four fifths of the known digits and
-    their 2,000 tosses that have the lowest entropy, or the lowest disagreement.
+    Table 2. NLL: negative log-likelihood of the known digits, in % of that of one network, at
+    the temperature that is best on held-out digits. "wrong, kept by": errors among the four
+    fifths of the known digits and their 2,000 coin tosses that have the lowest entropy, or
+    the lowest disagreement.
     """
-    task = TossTask(seed)
+    task = CoinTossTask(seed)
     images, labels = task.labelled
     x, y = distorted_copies(images, 10), labels.repeat(10)
-    five = fit_stack(NetworkStack(5), F.cross_entropy, x, (y,), 1500)
-    one = NetworkStack(1).eval()
+    five = fit_stack(NetworkStack(5, 196), F.cross_entropy, x, (y,), 1500)
+    one = NetworkStack(1, 196).eval().requires_grad_(False)
     one.load_state_dict({name: value[:1] for name, value in five.state_dict().items()})
-    longer = fit_stack(NetworkStack(1), F.cross_entropy, x, (y,), 3000)
-    wider = fit_stack(NetworkStack(1, width=256), F.cross_entropy, x, (y,), 1500)
+    wide = fit_stack(NetworkStack(1, 196, width=256), F.cross_entropy, x, (y,), 1500)
 
     inputs = student_inputs(images)
-    teacher_of_one = doubt(class_probabilities(one, inputs, passes=20))
-    teacher_of_five = doubt(class_probabilities(five, inputs, passes=4))
+    teacher = ask_networks(one, inputs, passes=20)
+    student = NetworkStack(1, 196, outputs=11, dropout=0)
+    fit_stack(student, student_loss, inputs, teacher, 1500)
 
-    def student(loss_function, teacher):
-        network = NetworkStack(1, outputs=11, dropout=0)
-        return fit_stack(network, loss_function, inputs, teacher, 1500)
-
-    student_of_one = student(student_loss, teacher_of_one)
-    student_of_five = student(student_loss, teacher_of_five)
-    student_of_mean = student(mean_loss, teacher_of_five)
-
-    def ask(images):
-        """→ {method: Doubt}, {way of choosing: score (n,)}"""
+    def doubts(images):
+        """→ {method: Doubt}"""
         new = shrunk(images)
+        return {
+            "one network": ask_networks(one, new),
+            "one network, twice as wide": ask_networks(wide, new),
+            "five networks": ask_networks(five, new),
+            "one network, dropout on": ask_networks(one, new, passes=20),
+            "student": ask_student(student, new)}
 
-        def ask_networks(networks, passes=1):
-            return doubt(class_probabilities(networks, new, passes))
+    def scores(images):
+        """→ {way of choosing: (n,)}"""
+        of = doubts(images)
+        return {
+            "entropy of one network": of["one network"].entropy,
+            "entropy of five networks": of["five networks"].entropy,
+            "entropy of the student": of["student"].entropy,
+            "disagreement of five networks": of["five networks"].disagreement,
+            "disagreement of one, dropout on": of["one network, dropout on"].disagreement,
+            "disagreement of the student": of["student"].disagreement,
+            "feature density of one network": feature_surprise(one, x, y, shrunk(images))}
 
-        doubts = {
-            "one network": ask_networks(one),
-            "one network, twice as long": ask_networks(longer),
-            "one network, twice as wide": ask_networks(wider),
-            "five networks": ask_networks(five),
-            "five networks, dropout on": ask_networks(five, passes=4),
-            "one network, dropout on": ask_networks(one, passes=20),
-            "student of five networks": ask_student(student_of_five, new),
-            "student of one network": ask_student(student_of_one, new)}
-        mean_alone = ask_student(student_of_mean, new)
-        disagreed = {method: doubts[method].disagreement for method in doubts}
-        return doubts, {
-            "entropy of one network": doubts["one network"].entropy,
-            "entropy of five networks": doubts["five networks"].entropy,
-            "entropy of a student of the mean": mean_alone.entropy,
-            "feature density of one network": feature_surprise(one, x, y, new),
-            "disagreement of five networks": disagreed["five networks"],
-            "disagreement of five, dropout on": disagreed["five networks, dropout on"],
-            "disagreement of one, dropout on": disagreed["one network, dropout on"],
-            "disagreement, student of five": disagreed["student of five networks"],
-            "disagreement, student of one": disagreed["student of one network"]}
-
-    chance = torch.rand(len(task.pool[0]))
-    _, scores = ask(task.pool[0])
-    table = labels_bought(task, x, y, {"chance": chance} | scores)
-
-    known, _ = ask(task.known[0])
-    tosses, toss_scores = ask(task.tosses[0])
-    _, unseen_scores = ask(task.unseen[0])
-    for way in scores:
-        table[way]["unseen against tosses"] = auroc(unseen_scores[way], toss_scores[way])
-
-    angle = torch.full((len(task.known[0]),), math.radians(30))
-    known_turned, _ = ask(moved(task.known[0], angle))
-    held_out, _ = ask(task.held_out[0])
-    return table | predictions_scored(task, held_out, known, known_turned, tosses)
+    pool, _ = task.pool
+    table = labels_bought(task, x, y, {"chance": torch.rand(len(pool))} | scores(pool))
+    for_unseen, for_tosses = scores(task.unseen[0]), scores(task.tosses[0])
+    for way in for_tosses:
+        table[way]["unseen against tosses"] = auroc(for_unseen[way], for_tosses[way])
+    asked = [doubts(images) for images, _ in (task.held_out, task.known, task.tosses)]
+    return table | predictions_scored(task, *asked)
 
 
-def test_auroc_is_the_share_of_pairs_in_the_right_order():
-    generator = torch.Generator().manual_seed(0)
-    high = torch.randint(8, (30,), generator=generator).float() + 1
-    low = torch.randint(8, (40,), generator=generator).float()
-    pairs = (high[:, None] > low).float() + (high[:, None] == low).float() / 2
-    assert auroc(high, low) == pytest.approx(pairs.mean().item())
+@needs_mnist
+def test_answer_other1(measure):
+    measured = measure(other1)
+    predictions = {row: cells for row, cells in measured.items() if "NLL" in cells}
+    labels = {row: cells for row, cells in measured.items() if row not in predictions}
+    check_table("uncertainty_labels", labels, {
+        "coin tosses, %": {"abs": 8.5},
+        "unseen, %": {"abs": 18},
+        "right after, %": {"abs": 4},
+        "unseen against tosses": {"abs": 0.06}})
+    check_table("uncertainty_predictions", predictions, {
+        "NLL": {"abs": 3.7},
+        "wrong, kept by entropy, %": {"abs": 0.5},
+        "wrong, kept by disagreement, %": {"abs": 0.6}})
+
+    tosses = {row: cells["coin tosses, %"] for row, cells in labels.items()}
+    after = {row: cells["right after, %"] for row, cells in labels.items()}
+    entropies = [row for row in labels if row.startswith("entropy")]
+    disagreements = [row for row in labels if row.startswith("disagreement")]
+    for row in entropies:
+        gain = after[row] - after["chance"]
+        assert gain.mean() < 2, f"on average, {row} buys no more than chance"
+        assert tosses[row].min() > 66.7, f"every seed: two thirds on tosses by {row}"
+    for row in disagreements:
+        for rival in ["chance", *entropies]:
+            gain = after[row] - after[rival]
+            assert gain.min() > 0, f"with every seed, {row} beats {rival}"
+
+    five, one, student = (after[row] for row in disagreements)
+    assert abs((one - five).mean()) < 2, "on average, one and five are within two points"
+    assert (one - student).mean() < 2, "on average, the student loses less than two points"
+    wasted = tosses["disagreement of five networks"]
+    assert (wasted > tosses["disagreement of one, dropout on"]).all(), "five waste more labels"
+
+    density = labels["feature density of one network"]
+    lost = one - density["right after, %"]
+    assert lost.mean() < 4, "on average, the density loses less than four points"
+    for row in disagreements:
+        gap = density["unseen against tosses"] - labels[row]["unseen against tosses"]
+        assert gap.mean() > 0, f"on average, the density tells tosses better: {row}"
+
+    for row, cells in predictions.items():
+        if "wrong, kept by disagreement, %" in cells:
+            by_entropy = cells["wrong, kept by entropy, %"]
+            more = cells["wrong, kept by disagreement, %"] - by_entropy
+            assert more.min() > 0, f"with every seed, entropy rejects better: {row}"
+    _, wide, five, _, student = (cells["NLL"] for cells in predictions.values())
+    assert wide.max() < 100, "with every seed, a wide network beats one"
+    assert five.max() < 100, "with every seed, five networks beat one"
+    assert (student > wide).all(), "with every seed, the wide network beats the student"
 
 
 def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_an_argument():
@@ -1585,121 +1568,47 @@ def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_an_argument(
 
 
 def test_student_loss_is_least_at_the_mean_and_at_the_share_of_disagreement():
-    generator = torch.Generator().manual_seed(1)
-    members = torch.randn(5, 8, 10, generator=generator).softmax(-1)
-    mean, entropy, disagreement = doubt(members)
+    torch.manual_seed(1)
+    mean, entropy, disagreement = doubt(torch.randn(5, 8, 10).softmax(-1))
     share = torch.logit(disagreement / entropy)[:, None]
     logits = torch.cat([mean.log(), share], dim=1).requires_grad_()
     student_loss(logits, mean, entropy, disagreement).backward()
     assert logits.grad.abs().max() < 1e-6
 
 
-def test_networks_in_a_stack_are_separate_networks():
-    torch.manual_seed(0)
-    stack, x = NetworkStack(3).eval(), torch.rand(3, 4, 196)
-    for i in range(3):
-        weights, biases = [w[i] for w in stack.weights], [b[i] for b in stack.biases]
-        hidden = (x[i] @ weights[0] + biases[0]).relu()
-        hidden = (hidden @ weights[1] + biases[1]).relu()
-        alone = hidden @ weights[2] + biases[2]
-        torch.testing.assert_close(stack(x)[i], alone, atol=1e-5, rtol=1e-4)
-
-
-@needs_mnist
-def test_answer_uncertainty(capfd):
-    measured = measure(model_uncertainty, capfd)
-    predictions = {row: cells for row, cells in measured.items() if "NLL" in cells}
-    labels = {row: cells for row, cells in measured.items() if row not in predictions}
-    check_table("uncertainty_labels", labels, {
-        "tosses, %": {"abs": 8.5},
-        "unseen, %": {"abs": 18},
-        "right after, %": {"abs": 4},
-        "unseen against tosses": {"abs": 0.06}})
-    check_table("uncertainty_predictions", predictions, {
-        "NLL": {"abs": 4.5},
-        "NLL, turned": {"abs": 6},
-        "wrong, kept by entropy, %": {"abs": 0.5},
-        "wrong, kept by disagreement, %": {"abs": 0.6}})
-
-    tosses = {row: cells["tosses, %"] for row, cells in labels.items()}
-    after = {row: cells["right after, %"] for row, cells in labels.items()}
-    entropies = [row for row in labels if row.startswith("entropy")]
-    disagreements = [row for row in labels if row.startswith("disagreement")]
-    for row in entropies:
-        gain = after[row] - after["chance"]
-        assert gain.mean() < 2, f"on average, {row} buys no more than chance"
-        assert tosses[row].min() > 66.7, f"every seed: two thirds on tosses by {row}"
-    for row in disagreements:
-        for rival in ["chance", *entropies]:
-            gain = after[row] - after[rival]
-            assert gain.min() > 0, f"with every seed, {row} beats {rival}"
-
-    one, five = "disagreement of one, dropout on", "disagreement of five, dropout on"
-    apart = after[one] - after[five]
-    assert abs(apart.mean()) < 2, "on average, one and five are within two points"
-    wasted = tosses["disagreement of five networks"] - tosses[five]
-    assert wasted.min() > 0, "with every seed, five without dropout waste more labels"
-    for teacher, student in (one, "student of one"), (five, "student of five"):
-        lost = after[teacher] - after[f"disagreement, {student}"]
-        assert lost.mean() < 2, f"on average, the {student} loses less than two points"
-
-    density = labels["feature density of one network"]
-    lost = after[one] - density["right after, %"]
-    assert lost.mean() < 4, "on average, the density loses less than four points"
-    for row in disagreements:
-        gap = density["unseen against tosses"] - labels[row]["unseen against tosses"]
-        assert gap.mean() > 0, f"on average, the density tells tosses better: {row}"
-
-    for row, cells in predictions.items():
-        if "wrong, kept by disagreement, %" in cells:
-            by_entropy = cells["wrong, kept by entropy, %"]
-            more = cells["wrong, kept by disagreement, %"] - by_entropy
-            assert more.min() > 0, f"with every seed, entropy rejects better: {row}"
-    wide = predictions["one network, twice as wide"]["NLL"]
-    five = predictions["five networks"]["NLL"]
-    assert wide.max() < 100, "with every seed, a wide network beats one"
-    assert five.max() < 100, "with every seed, five networks beat one"
-    for row in "student of one network", "student of five networks":
-        lost = predictions[row]["NLL"] - wide
-        assert lost.min() > 0, f"with every seed, the wide network beats the {row}"
-
-
-# ---------------------------------------------------------------------------
-# Other 3: are generative models more robust?
+# ==== Other 3: are generative models more robust? =========================================
 #
-# An image is a row of 784 pixels, each 0 or 1. A density gives the logit of
-# each pixel, given the class and the pixels before it in reading order:
-# images (n, 784) → logits (10, n, 784). A classifier gives each class a score,
-# images (n, 784) → scores (n, 10), and the highest wins: log2 p(x | y) of a
-# density, log p(y | x) of a network.
+# An image is a row of 784 pixels, each 0 or 1. A density gives the logit of each pixel, given
+# the class and the pixels before it in reading order: images (n, 784) → logits (10, n, 784).
+# A classifier gives each class a score, images (n, 784) → scores (n, 10), and the highest
+# wins: log2 p(x | y) of a density, log p(y | x) of a network.
 
 FITTED = 50_000  # training images to fit to
-ATTACKED = 100  # images that each classifier is attacked on
-BUDGET = 30  # flips that an attack may spend on an image
-FLOOR = 1e-4  # the least probability of a pixel's value, for a density with a floor
+ATTACKED = 100   # images that each classifier is attacked on
+BUDGET = 30      # flips that an attack may spend on an image
 
-# Of the three rows by five columns that end two columns right of a pixel,
-# numbered in reading order, the ten nearest of those before the pixel.
-NEAREST = [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+# The ten nearest pixels of those before a pixel, in a frame of three rows by five columns
+# that ends two columns right of it: row and column in this frame.
+NEAREST = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1)]
 
 
 def neighbours(images):
-    """The ten of each pixel, 0 outside the image: (n, 784) → (10, n, 784)."""
-    framed = F.pad(images.view(-1, 1, 28, 28), (2, 2, 2, 0))
-    return F.unfold(framed, (3, 5))[:, NEAREST].transpose(0, 1)
+    """The ten of each pixel, 0 outside the image: ten times (n, 784)."""
+    framed = F.pad(images.view(-1, 28, 28), (2, 2, 2, 0))
+    return [framed[:, row:row + 28, column:column + 28].flatten(1) for row, column in NEAREST]
 
 
 def contexts(images):
     """The ten neighbours of each pixel, read as a binary number below 1024."""
-    numbers = torch.einsum("k,kni->ni", 2.0 ** torch.arange(10), neighbours(images))
+    numbers = sum(2 ** k * pixels for k, pixels in enumerate(neighbours(images)))
     return numbers.long().view(images.shape)
 
 
 def look_up(table, images):
     """What `table` (10, 1024) holds for the context of each pixel: (10, n, 784).
 
-    A look-up has no slope, but an attack needs one. So images that require a
-    gradient get as their slope what the flip of each neighbour would change.
+    A look-up has no slope, but an attack needs one. So images that require a gradient get as
+    their slope what the flip of each neighbour would change.
     """
     index = contexts(images.detach()).expand(10, -1, -1)
     found = table.gather(1, index.flatten(1)).view(index.shape)
@@ -1707,10 +1616,10 @@ def look_up(table, images):
         return found
     sloped = found
     for bit, pixels in enumerate(neighbours(images)):
-        flipped = table.gather(1, (index ^ 2 ** bit).flatten(1)).view(index.shape)
+        other = table.gather(1, (index ^ 2 ** bit).flatten(1)).view(index.shape)
         still = pixels.detach()
         step = (pixels - still) * (1 - 2 * still)  # 0, but with a slope
-        sloped = sloped + (flipped - found) * step
+        sloped = sloped + (other - found) * step
     return sloped
 
 
@@ -1722,24 +1631,12 @@ def independent_pixels(images, labels):
     return lambda x: logits.expand(10, len(x), 784)
 
 
-def texture_table(images, labels):
-    """A pixel depends on its ten neighbours and on the class, by counting."""
-    counts = torch.full((10, 1024, 2), 0.5)
-    for digit in range(10):
-        own = images[labels == digit]
-        cells = 2 * contexts(own) + own.long()
-        counts[digit] += cells.flatten().bincount(minlength=2048).view(1024, 2)
-    table = (counts[..., 1] / counts[..., 0]).log()
-    return lambda x: look_up(table, x)
-
-
 class MaskedNetworks(nn.Module):
-    """The deep density: for each class a masked network and a texture table.
+    """The deep density: for each class a masked network and a table of its ten neighbours.
 
-    The network is MADE (Germain et al. 2015): hidden unit j sees the pixels
-    before its place, and a pixel sees the units whose place is not after it.
-    Places lie evenly in the entropy of the pixels, summed in reading order,
-    hence where digits vary.
+    The network is MADE (Germain et al. 2015): hidden unit j sees the pixels before its place,
+    and a pixel sees the units whose place is not after it. Places lie evenly in the entropy
+    of the pixels, summed in reading order, hence where digits vary.
     """
 
     def __init__(self, images, labels, hidden=100):
@@ -1773,46 +1670,24 @@ def log2_pixels(logits, images):
     return -loss / math.log(2)
 
 
-def adam(model, steps, rate):
-    """Adam and its schedule: the rate falls from `rate` to 0."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
-    return optimizer, schedule
-
-
-def descend(loss, optimizer, schedule):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    schedule.step()
-
-
 def fit_masked_networks(images, labels, steps, noise=0.0, batch=40):
     """Ten densities side by side, by maximum likelihood."""
     density = MaskedNetworks(images, labels)
     parts = [images[labels == digit] for digit in range(10)]
-    optimizer, schedule = adam(density, steps, rate=0.01)
+    optimizer, schedule = falling_adam(density, steps, rate=0.01)
     for _ in range(steps):
         x = torch.stack([part[torch.randint(len(part), (batch,))] for part in parts])
-        x = (x - (torch.rand_like(x) < noise).float()).abs()  # flips
+        x = flipped(x, noise)
         loss = -log2_pixels(density(x), x).sum() / (10 * batch)
         descend(loss, optimizer, schedule)
     return density.requires_grad_(False)
 
 
-def fit_plain_network(images, labels, noise=0.0, steps=800, batch=100):
-    """The discriminative rival, with dropout: gives log p(y | x)."""
-    network = nn.Sequential(
-        nn.Linear(784, 128), nn.ReLU(), nn.Dropout(0.1),
-        nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.1),
-        nn.Linear(128, 10), nn.LogSoftmax(1))
-    optimizer, schedule = adam(network, steps, rate=3e-3)
-    for _ in range(steps):
-        index = torch.randint(len(images), (batch,))
-        x = images[index]
-        x = (x - (torch.rand_like(x) < noise).float()).abs()
-        descend(F.nll_loss(network(x), labels[index]), optimizer, schedule)
-    return network.eval().requires_grad_(False)
+def fit_plain_network(images, labels, noise=0.0):
+    """The discriminative rival: gives log p(y | x)."""
+    network = NetworkStack(1, 784, dropout=0.1)
+    fit_stack(network, F.cross_entropy, images, (labels,), 800, noise=noise)
+    return lambda x: network(x)[0].log_softmax(1)
 
 
 def as_classifier(density):
@@ -1820,16 +1695,11 @@ def as_classifier(density):
     return lambda x: log2_pixels(density(x), x).sum(2).T
 
 
-def with_floor(density):
-    """Each pixel of a density mixed with a coin: no value has less than FLOOR."""
-    return lambda x: (FLOOR + (1 - 2 * FLOOR) * density(x).sigmoid()).logit()
-
-
 def score_halves(density, images):
     """log2 p(x | y) of whole images and of their top halves alone: twice (n, 10).
 
-    Pixels are predicted in reading order. So leaving out the factors of the
-    bottom half is to sum over all 2^392 bottoms that there could be.
+    Pixels are predicted in reading order. So leaving out the factors of the bottom half is
+    to sum over all 2^392 bottoms that there could be.
     """
     whole, top = [], []
     for part in images.split(500):
@@ -1843,11 +1713,6 @@ def percent_right(scores, labels):
     return 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
-def mean_bits(scores, labels):
-    """The mean cost -log2 p(x | y) of an image in its own class."""
-    return -scores.gather(1, labels[:, None]).double().mean().item()
-
-
 def lead_of_truth(scores, labels):
     """By how much the true class leads the best other one (n,)."""
     truth = F.one_hot(labels, scores.shape[1]).bool()
@@ -1857,8 +1722,8 @@ def lead_of_truth(scores, labels):
 def flip_until_fooled(classifier, images, labels, candidates=10):
     """A greedy attack that knows the classifier. Returns the images that come out.
 
-    The slope of the lead proposes `candidates` pixels, and the one is flipped
-    that lowers the lead most, until another class leads, BUDGET times at most.
+    The slope of the lead proposes `candidates` pixels, and the one is flipped that lowers the
+    lead most, until another class leads, BUDGET times at most.
     """
     images = images.clone()
     left = torch.arange(len(images))  # the images that are not fooled yet
@@ -1879,17 +1744,12 @@ def flip_until_fooled(classifier, images, labels, candidates=10):
     return images
 
 
-def flips_to_fool(classifier, images, labels):
-    """How many pixels the attack has flipped, on average."""
-    fooled = flip_until_fooled(classifier, images, labels)
-    return (fooled != images).sum(1).double().mean().item()
-
-
-def some_rightly_read(scores, images, labels):
-    """ATTACKED random images whose class has the highest score, and their labels."""
+def flips_to_fool(classifier, scores, images, labels):
+    """How many pixels the attack has flipped on average, on digits that were read rightly."""
     right = (scores.argmax(1) == labels).nonzero()[:, 0]
     chosen = right[torch.randperm(len(right))[:ATTACKED]]
-    return images[chosen], labels[chosen]
+    fooled = flip_until_fooled(classifier, images[chosen], labels[chosen])
+    return (fooled != images[chosen]).sum(1).double().mean().item()
 
 
 def cost_in_bits(scores, unseen):
@@ -1898,39 +1758,21 @@ def cost_in_bits(scores, unseen):
     return -((nine * math.log(2)).logsumexp(1) - math.log(9)) / math.log(2)
 
 
+def network_alarms(images, labels, digits):
+    """For each class, the doubt about `digits` of a network that has never seen it."""
+    rows = [(labels != digit).nonzero()[:, 0] for digit in range(10)]
+    fewest = min(map(len, rows))
+    rows = torch.stack([row[:fewest] for row in rows])
+    networks = NetworkStack(10, 784, dropout=0.1)
+    fit_stack(networks, F.cross_entropy, images, (labels,), 800, rows)
+    return -networks(digits).log_softmax(-1).amax(-1)  # (10, n)
+
+
 def alarm_columns(alarms, labels):
     """AUROCs; `alarms`: for each class, the alarm (n,) of who has never seen it."""
     found = [auroc(alarm[labels == digit], alarm[labels != digit])
              for digit, alarm in enumerate(alarms)]
     return {"unseen 1s": found[1], "other nine": np.mean(found[:1] + found[2:])}
-
-
-def density_columns(density, images, labels):
-    scores, _ = score_halves(density, images)
-    attacked = some_rightly_read(scores, images, labels)
-    alarms = [cost_in_bits(scores, digit) for digit in range(10)]
-    classifier, floored = as_classifier(density), as_classifier(with_floor(density))
-    return {"bits": mean_bits(scores, labels), "right, %": percent_right(scores, labels),
-            "flips": flips_to_fool(classifier, *attacked),
-            "flips, floor": flips_to_fool(floored, *attacked),
-            **alarm_columns(alarms, labels)}
-
-
-def network_columns(network, images, labels):
-    scores = network(images)
-    attacked = some_rightly_read(scores, images, labels)
-    return {"right, %": percent_right(scores, labels),
-            "flips": flips_to_fool(network, *attacked)}
-
-
-def network_alarms(images, labels, digits):
-    """For each class, the doubt about `digits` of a network that has never seen it."""
-    alarms = []
-    for digit in range(10):
-        seen = labels != digit
-        network = fit_plain_network(images[seen], labels[seen])
-        alarms.append(-network(digits).amax(1))
-    return alarms
 
 
 def split_columns(scores, labels, digit):
@@ -1941,78 +1783,87 @@ def split_columns(scores, labels, digit):
             "AUROC": auroc(cost[unseen], cost[~unseen])}
 
 
-def robustness(seed):
+def other3(seed):
     """The three tables of the answer for one seed.
 
-    Fitted to 50,000 training images of MNIST, black or white by a threshold of
-    1/2; all test images are scored. Deep densities: 50, 200 or 800 steps of
-    Adam with 40 images of each class, each trained anew with its rate falling
-    from 0.01 to 0; once more with 5 % of the pixels flipped afresh in each step.
-    "flips": of the attack, on 100 digits that the classifier reads rightly.
-    The alarm of a density is -log2 p(x). That of the plain network is minus the
-    logarithm of its highest probability; it is trained anew without each class.
-    Bottom half: rows 15 to 28, summed out or taken as black.
+    Fitted to 50,000 training images of MNIST, black or white by a threshold of 1/2; all test
+    images are scored. Deep densities: 50, 200 or 800 steps of Adam with 40 images of each
+    class, each trained anew with its rate falling from 0.01 to 0; once more with 5 % of the
+    pixels flipped afresh in each step. Plain networks: 784-128-128-10.
+    "flips": of the attack, on 100 digits that the classifier reads rightly. The alarm of a
+    density is -log2 p(x). That of the plain network is minus the logarithm of its highest
+    probability; it is trained anew without each class. Bottom half: rows 15 to 28, summed
+    out or taken as black.
     """
     torch.manual_seed(seed)
-    data = ae.load_data(HERE / "data")
+    data = ae.load_data(DATA)
     images, labels = data.train_images[:FITTED], data.train_labels[:FITTED]
     images = (images.flatten(1) > 0.5).float()
     digits, truth = (data.test_images.flatten(1) > 0.5).float(), data.test_labels
 
-    best = fit_masked_networks(images, labels, 800)
+    deep = fit_masked_networks(images, labels, 800)
     densities = {
         "independent pixels": independent_pixels(images, labels),
-        "texture table": texture_table(images, labels),
         "deep, 50 steps": fit_masked_networks(images, labels, 50),
         "deep, 200 steps": fit_masked_networks(images, labels, 200),
-        "deep, 800 steps": best,
+        "deep, 800 steps": deep,
         "deep, 800 steps, noise": fit_masked_networks(images, labels, 800, noise=0.05)}
-    rows = {name: density_columns(density, digits, truth)
-            for name, density in densities.items()}
-    floored, _ = score_halves(with_floor(best), digits)
-    rows["deep, 800 steps"]["bits, floor"] = mean_bits(floored, truth)
+    rows = {}
+    for name, density in densities.items():
+        scores, top = score_halves(density, digits)
+        if density is deep:
+            of_whole, of_top = scores, top
+        alarms = [cost_in_bits(scores, digit) for digit in range(10)]
+        rows[name] = {
+            "bits": -scores.gather(1, truth[:, None]).double().mean().item(),
+            "right, %": percent_right(scores, truth),
+            "flips": flips_to_fool(as_classifier(density), scores, digits, truth),
+            **alarm_columns(alarms, truth)}
 
-    network = fit_plain_network(images, labels)
-    noisy = fit_plain_network(images, labels, noise=0.05)
-    rows["plain network"] = network_columns(network, digits, truth)
-    rows["plain network, noise"] = network_columns(noisy, digits, truth)
+    networks = {
+        "plain network": fit_plain_network(images, labels),
+        "plain network, noise": fit_plain_network(images, labels, noise=0.05)}
+    for name, network in networks.items():
+        scores = network(digits)
+        rows[name] = {"right, %": percent_right(scores, truth),
+                      "flips": flips_to_fool(network, scores, digits, truth)}
     alarms = network_alarms(images, labels, digits)
     rows["plain network"] |= alarm_columns(alarms, truth)
 
-    whole, top = score_halves(best, digits)
-    rows["1s"] = split_columns(whole, truth, 1)
-    rows["5s"] = split_columns(whole, truth, 5)
+    rows["1s"] = split_columns(of_whole, truth, 1)
+    rows["5s"] = split_columns(of_whole, truth, 5)
 
     images[:, 392:], digits[:, 392:] = 0, 0  # the bottom half is missing
-    of_halves = fit_plain_network(images, labels)
-    black, _ = score_halves(best, digits)
-    for name, scores in [("best density, summed out", top),
-                         ("best density, taken as black", black),
-                         ("plain network, taken as black", network(digits)),
-                         ("network trained on top halves", of_halves(digits))]:
+    of_black, _ = score_halves(deep, digits)
+    for name, scores in [
+            ("deep density, summed out", of_top),
+            ("deep density, taken as black", of_black),
+            ("plain network, taken as black", networks["plain network"](digits)),
+            ("network trained on top halves", fit_plain_network(images, labels)(digits))]:
         rows[name] = {"right, %": percent_right(scores, truth)}
     return rows
 
 
 @needs_mnist
-def test_answer_robustness(capfd):
-    found = measure(robustness, capfd)
+def test_answer_other3(measure):
+    found = measure(other3)
     rows = list(found)
-    check_table("robustness_densities", {row: found[row] for row in rows[:8]}, {
-        "bits": {"abs": 3}, "right, %": {"abs": 0.5},
-        "flips": {"rel": 0.15}, "flips, floor": {"abs": 0.8},
+    check_table("robustness_densities", {row: found[row] for row in rows[:7]}, {
+        "bits": {"abs": 3}, "right, %": {"abs": 0.5}, "flips": {"rel": 0.15},
         "unseen 1s": {"abs": 0.04}, "other nine": {"abs": 0.03}})
-    check_table("robustness_split", {row: found[row] for row in ("1s", "5s")}, {
+    check_table("robustness_split", {row: found[row] for row in rows[7:9]}, {
         "own density": {"abs": 3}, "surplus": {"abs": 3},
         "total": {"abs": 4}, "AUROC": {"abs": 0.04}})
-    check_table("robustness_missing", {row: found[row] for row in rows[10:]}, {
-        "right, %": {"abs": 6}})
-    pixels, texture, short, middle, best, noise, network, noisy, ones, fives = (
-        found[row] for row in rows[:10])
-    summed_out, black, _, trained = (found[row]["right, %"] for row in rows[10:])
+    check_table("robustness_missing", {row: found[row] for row in rows[9:]}, {
+        "right, %": {"abs": 1},
+        ("deep density, taken as black", "right, %"): {"abs": 6},
+        ("plain network, taken as black", "right, %"): {"abs": 6}})
+    pixels, short, middle, best, noise, network, noisy, ones, fives = (
+        found[row] for row in rows[:9])
+    summed_out, black, _, trained = (found[row]["right, %"] for row in rows[9:])
 
     # Each claim holds with every seed. The decision:
-    assert (best["bits"] < texture["bits"] - 15).all(), "15 bits better than texture"
+    assert (best["bits"] < pixels["bits"] - 100).all(), "100 bits better than independent"
     assert (abs(best["right, %"] - network["right, %"]) < 1).all(), "as accurate"
     assert (best["flips"] < 2.5).all(), "two pixels fool the best density"
     assert (network["flips"] > 3 * best["flips"]).all(), "but not a plain network"
@@ -2020,14 +1871,12 @@ def test_answer_robustness(capfd):
     assert (middle["right, %"] > short["right, %"] + 1).all(), "accuracy rises"
     assert (abs(best["right, %"] - middle["right, %"]) < 1).all(), "and then stops"
     for shorter, longer in (short, middle), (middle, best):
-        for column in "bits", "flips", "flips, floor", "unseen 1s":
+        for column in "bits", "flips", "unseen 1s":
             assert (longer[column] < shorter[column]).all(), f"longer training: {column}"
-    assert (abs(best["bits, floor"] - best["bits"]) < 0.3).all(), "a floor keeps bits"
-    assert (best["flips, floor"] > 2 * best["flips"]).all(), "and doubles the flips"
     assert (noise["flips"] > 3 * best["flips"]).all(), "noise triples the flips"
     assert (noise["right, %"] > best["right, %"] - 0.5).all(), "at the same accuracy"
     assert (noise["bits"] > best["bits"] + 30).all(), "with far worse bits"
-    assert (noisy["flips"] > noise["flips"]).all(), "a noisy network takes no fewer"
+    assert (noisy["flips"] > noise["flips"]).all(), "a network with noise takes more"
 
     # The alarm:
     assert (best["other nine"] > pixels["other nine"] + 0.08).all(), "better on nine"
@@ -2042,7 +1891,7 @@ def test_answer_robustness(capfd):
 
     # What is missing:
     assert (summed_out > black + 25).all(), "summing out is worth 25 points"
-    assert (trained > summed_out - 0.5).all(), "a network trained for it is as good"
+    assert (trained > summed_out).all(), "a network trained for it is better"
 
 
 def test_densities_sum_to_one_and_do_not_look_ahead_and_scores_are_sums_over_pixels():
@@ -2051,8 +1900,7 @@ def test_densities_sum_to_one_and_do_not_look_ahead_and_scores_are_sums_over_pix
     first = images[:1]
     endings = first.repeat(256, 1)  # all endings of eight pixels
     endings[:, -8:] = (torch.arange(256)[:, None] >> torch.arange(8) & 1).float()
-    for density in (independent_pixels(images, labels), texture_table(images, labels),
-                    fit_masked_networks(images, labels, 3)):
+    for density in (independent_pixels(images, labels), fit_masked_networks(images, labels, 3)):
         of_endings = log2_pixels(density(endings), endings)[:, :, -8:].double().sum(2)
         assert (2 ** of_endings).sum(1).tolist() == pytest.approx([1] * 10, abs=1e-4)
         logits = density(first)
@@ -2076,10 +1924,10 @@ def test_contexts_are_as_described_and_their_slope_is_what_a_flip_changes():
     slope, = torch.autograd.grad(look_up(table, x)[3].sum(), x)
     x = x.detach()
     for i in (0, 27, 400, 783):
-        flipped = x.clone()
-        flipped[0, i] = 1 - x[0, i]
-        change = (look_up(table, flipped) - look_up(table, x))[3].sum().item()
-        step = (flipped - x)[0, i]
+        after = x.clone()
+        after[0, i] = 1 - x[0, i]
+        change = (look_up(table, after) - look_up(table, x))[3].sum().item()
+        step = (after - x)[0, i]
         assert (slope[0, i] * step).item() == pytest.approx(change, abs=1e-3)
 
 
@@ -2097,11 +1945,7 @@ def test_attack_on_two_linear_classes_takes_the_fewest_flips_that_there_are():
     assert ((fooled @ weights).argmax(1) != labels).all()
 
 
-def test_cost_floor_and_auroc_have_their_known_values():
-    new, usual = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0])
-    assert auroc(new, usual) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+def test_the_cost_of_an_image_is_that_of_the_mixture():
     scores = torch.full((1, 10), -torch.inf)
     scores[0, :3] = torch.tensor([-1.0, -3.0, -2.0])
     assert cost_in_bits(scores, unseen=2).item() == pytest.approx(-math.log2(5 / 8 / 9))
-    floored = with_floor(lambda x: x)(torch.tensor([-50.0, 0.0, 50.0])).sigmoid()
-    assert floored.tolist() == pytest.approx([FLOOR, 0.5, 1 - FLOOR], rel=1e-3)
