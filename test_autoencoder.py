@@ -218,8 +218,8 @@ def test_a_model_that_breaks_a_limit_is_not_even_trained(monkeypatch, fault, mes
 
 
 @needs_mnist
-def test_answer_the_script_reaches_its_error_on_mnist(tmp_path, capfd):
-    """A whole training; "answer" in its name keeps it out of the quick part."""
+def test_answer_the_script_reaches_its_error_on_mnist(tmp_path, capfd, under_way):
+    """A whole training, beside the answers' experiments, which `under_way` starts here."""
     with capfd.disabled():
         model, digits = ae.test_work(DATA, tmp_path, device="cpu")
     test_loader = DataLoader(TensorDataset(*digits[2:4]), batch_size=1000)
@@ -1115,7 +1115,7 @@ def autoencoder2(seed):
     other_after, _ = after.describe(other)
     tenths = zip(other_after.split(500), real_after.split(500))
     few = np.mean([ae.frechet_distance(*pair) for pair in tenths])
-    rows["500 real digits, not 5,000"] = {"our features": few}
+    rows["500 real against 500 real"] = {"our features": few}
 
     units = dict(rows["autoencoder, default"])
     for row in rows.values():
@@ -1144,7 +1144,7 @@ def test_answer_autoencoder2(measure):
     assert (ours["real, without 4"] > 2).all(), "a missing class is far behind"
     assert (ours["PCA with a Gaussian"] > 5).all(), "a linear model is farther behind still"
     assert (ours["the same, slightly blurred"] > 1.15).all(), "blur makes the autoencoder worse"
-    few = ours["500 real digits, not 5,000"]
+    few = ours["500 real against 500 real"]
     assert (few > 1.5).all(), "500 real digits score worse than 5,000 of the autoencoder"
 
     for row, cells in table.items():
@@ -1349,16 +1349,6 @@ def student_loss(logits, mean, entropy, disagreement):
     return F.cross_entropy(logits[:, :10], mean) - split.mean()
 
 
-def student_inputs(images):
-    """Seven copies of each image, every second one mixed with another → (7 n, 196)."""
-    x = distorted_copies(images, 7)
-    x = x[torch.randperm(len(x))]
-    other = x[torch.randperm(len(x))]
-    proportion = torch.rand(len(x), 1)
-    proportion[::2] = 1
-    return proportion * x + (1 - proportion) * other
-
-
 @torch.no_grad()
 def feature_surprise(network, images, labels, x):
     """−ln density of the last hidden layer: a Gaussian for each class (Mukhoti et al. 2023).
@@ -1449,8 +1439,8 @@ def other1(seed):
 
     Networks: 196-128-128-10, trained for 1,500 steps on ten distorted copies of each labelled
     image. "One network": the first of five. "Twice as wide": 256 hidden units. "Dropout on":
-    20 predictions with fresh masks, by which also the student is taught; it has an eleventh
-    output and no dropout, and 1,500 steps.
+    20 predictions with fresh masks. The student learns these on ten new copies of each image;
+    it has an eleventh output, no dropout, and 1,500 steps.
 
     Table 1. "coin tosses", "unseen": their share of the 200 images chosen. "right after":
     mean accuracy on all test images of two networks trained for 800 steps on all labels.
@@ -1469,7 +1459,7 @@ def other1(seed):
     one.load_state_dict({name: value[:1] for name, value in five.state_dict().items()})
     wide = fit_stack(NetworkStack(1, 196, width=256), F.cross_entropy, x, (y,), 1500)
 
-    inputs = student_inputs(images)
+    inputs = distorted_copies(images, 10)  # new ones
     teacher = ask_networks(one, inputs, passes=20)
     student = NetworkStack(1, 196, outputs=11, dropout=0)
     fit_stack(student, student_loss, inputs, teacher, 1500)
@@ -1529,9 +1519,10 @@ def test_answer_other1(measure):
         assert gain.mean() < 2, f"on average, {row} buys no more than chance"
         assert tosses[row].min() > 66.7, f"every seed: two thirds on tosses by {row}"
     for row in disagreements:
-        for rival in ["chance", *entropies]:
-            gain = after[row] - after[rival]
-            assert gain.min() > 0, f"with every seed, {row} beats {rival}"
+        gain = after[row] - after["chance"]
+        assert gain.mean() > 2, f"on average, {row} beats chance"
+        for rival in entropies:
+            assert (after[row] > after[rival]).all(), f"with every seed, {row} beats {rival}"
 
     five, one, student = (after[row] for row in disagreements)
     assert abs((one - five).mean()) < 2, "on average, one and five are within two points"
@@ -1555,6 +1546,7 @@ def test_answer_other1(measure):
     assert wide.max() < 100, "with every seed, a wide network beats one"
     assert five.max() < 100, "with every seed, five networks beat one"
     assert (student > wide).all(), "with every seed, the wide network beats the student"
+    assert student.mean() < 108, "on average, the student loses less than eight percent"
 
 
 def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_an_argument():
@@ -1772,7 +1764,8 @@ def alarm_columns(alarms, labels):
     """AUROCs; `alarms`: for each class, the alarm (n,) of who has never seen it."""
     found = [auroc(alarm[labels == digit], alarm[labels != digit])
              for digit, alarm in enumerate(alarms)]
-    return {"unseen 1s": found[1], "other nine": np.mean(found[:1] + found[2:])}
+    return {"AUROC, 1s unseen": found[1],
+            "AUROC, mean over the other nine classes": np.mean(found[:1] + found[2:])}
 
 
 def split_columns(scores, labels, digit):
@@ -1807,7 +1800,7 @@ def other3(seed):
         "deep, 50 steps": fit_masked_networks(images, labels, 50),
         "deep, 200 steps": fit_masked_networks(images, labels, 200),
         "deep, 800 steps": deep,
-        "deep, 800 steps, noise": fit_masked_networks(images, labels, 800, noise=0.05)}
+        "deep, 800 steps, with noise": fit_masked_networks(images, labels, 800, noise=0.05)}
     rows = {}
     for name, density in densities.items():
         scores, top = score_halves(density, digits)
@@ -1822,7 +1815,7 @@ def other3(seed):
 
     networks = {
         "plain network": fit_plain_network(images, labels),
-        "plain network, noise": fit_plain_network(images, labels, noise=0.05)}
+        "plain network, with noise": fit_plain_network(images, labels, noise=0.05)}
     for name, network in networks.items():
         scores = network(digits)
         rows[name] = {"right, %": percent_right(scores, truth),
@@ -1848,9 +1841,12 @@ def other3(seed):
 def test_answer_other3(measure):
     found = measure(other3)
     rows = list(found)
-    check_table("robustness_densities", {row: found[row] for row in rows[:7]}, {
-        "bits": {"abs": 3}, "right, %": {"abs": 0.5}, "flips": {"rel": 0.15},
-        "unseen 1s": {"abs": 0.04}, "other nine": {"abs": 0.03}})
+    check_table("robustness_decision", {row: found[row] for row in rows[:7]}, {
+        "bits": {"abs": 3}, "right, %": {"abs": 0.5}, "flips": {"rel": 0.15}})
+    with_alarm = rows[:4] + rows[5:6]
+    check_table("robustness_alarm", {row: found[row] for row in with_alarm}, {
+        "AUROC, 1s unseen": {"abs": 0.04},
+        "AUROC, mean over the other nine classes": {"abs": 0.03}})
     check_table("robustness_split", {row: found[row] for row in rows[7:9]}, {
         "own density": {"abs": 3}, "surplus": {"abs": 3},
         "total": {"abs": 4}, "AUROC": {"abs": 0.04}})
@@ -1871,7 +1867,7 @@ def test_answer_other3(measure):
     assert (middle["right, %"] > short["right, %"] + 1).all(), "accuracy rises"
     assert (abs(best["right, %"] - middle["right, %"]) < 1).all(), "and then stops"
     for shorter, longer in (short, middle), (middle, best):
-        for column in "bits", "flips", "unseen 1s":
+        for column in "bits", "flips", "AUROC, 1s unseen":
             assert (longer[column] < shorter[column]).all(), f"longer training: {column}"
     assert (noise["flips"] > 3 * best["flips"]).all(), "noise triples the flips"
     assert (noise["right, %"] > best["right, %"] - 0.5).all(), "at the same accuracy"
@@ -1879,9 +1875,10 @@ def test_answer_other3(measure):
     assert (noisy["flips"] > noise["flips"]).all(), "a network with noise takes more"
 
     # The alarm:
-    assert (best["other nine"] > pixels["other nine"] + 0.08).all(), "better on nine"
-    assert (best["unseen 1s"] < pixels["unseen 1s"] - 0.12).all(), "and worse on 1s"
-    for column in "unseen 1s", "other nine":
+    ones_unseen, nine_others = "AUROC, 1s unseen", "AUROC, mean over the other nine classes"
+    assert (best[nine_others] > pixels[nine_others] + 0.08).all(), "better on nine"
+    assert (best[ones_unseen] < pixels[ones_unseen] - 0.12).all(), "and worse on 1s"
+    for column in ones_unseen, nine_others:
         assert (network[column] > best[column]).all(), f"a network is better: {column}"
     assert (abs(ones["surplus"] - fives["surplus"]) < 4).all(), "equally foreign"
     assert (fives["total"] > best["bits"] + 30).all(), "5s cost more than known digits"
