@@ -610,15 +610,18 @@ class Trial(NamedTuple):
 
 
 def random_setting(seed: str) -> dict:
-    """Arguments of AutoEncoder, all drawn at once; `l1` on a logarithmic scale."""
+    """Arguments of AutoEncoder, all drawn at once; `l1` on a logarithmic scale.
+
+    One half of the settings have no L1 penalty, and one half no dropout.
+    """
     draw = random.Random(seed)
     hidden_layers = draw.choice([0, 1, 2])  # on each side
     return {
         "encoder_sizes": tuple(draw.randint(64, 400) for _ in range(hidden_layers)),
         "decoder_sizes": tuple(draw.randint(64, 400) for _ in range(hidden_layers)),
         "loss": draw.choice(list(LOSSES)),
-        "l1": float(f"{10 ** draw.uniform(-6, -2):.1e}"),
-        "dropout": round(draw.uniform(0, 0.3), 2),
+        "l1": draw.choice([0.0, float(f"{10 ** draw.uniform(-6, -2):.1e}")]),
+        "dropout": draw.choice([0.0, round(draw.uniform(0, 0.3), 2)]),
         "refinements": draw.choice([0, 1]),
     }
 
@@ -765,7 +768,7 @@ def as_options(setting: dict) -> str:
 
 
 def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 3,
-           trials: int = 16, seed: int = 0) -> dict:
+           trials: int = 20, seed: int = 0) -> dict:
     """Choose arguments of AutoEncoder by how natural the digits are that it generates.
 
     1. Random settings are trained and judged by held-out digits. The best two are finalists.
@@ -862,7 +865,7 @@ def make_parser(searching: bool) -> argparse.ArgumentParser:
             "torchrun --standalone --nproc-per-node 2 autoencoder.py search")
         add("--out", default="search", help="folder for results, from which a search goes on")
         add("--epochs", type=positive, default=3, help="passes over the training images")
-        add("--trials", type=positive, default=16, help="random settings to try")
+        add("--trials", type=positive, default=20, help="random settings to try")
         return parser
 
     parser.description = (
