@@ -1,4 +1,4 @@
-"""An autoencoder for MNIST in six linear layers: 784 → 144 → 288 → 20 → 288 → 288 → 784.
+"""An autoencoder for MNIST in six linear layers, 784 → 144 → 288 → 20 → 288 → 288 → 784.
 
     python autoencoder.py           train it, save pictures, check it, print the success message
     python autoencoder.py search    choose its settings by how natural its digits are
@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# Threads of PyTorch that wait keep a core busy, which slows down everything on a busy
-# machine. Let them fall asleep sooner. This only works before PyTorch is imported.
+# A thread of PyTorch that has nothing to do keeps its core busy for a while, which slows
+# down a busy machine. Let it fall asleep sooner; this only works before PyTorch's import.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -44,7 +44,7 @@ from torchvision.utils import save_image
 # ---- The model and its objective ---------------------------------------------------------
 
 def cross_entropy(recon_x: Tensor, x: Tensor) -> Tensor:
-    """Takes a pixel for the probability that it is white."""
+    """Treats each pixel as the probability that it is white."""
     if not recon_x.isfinite().all():
         return recon_x.sum()  # not finite either; PyTorch's own would raise an error here
     return F.binary_cross_entropy(recon_x, x, reduction="sum")
@@ -303,7 +303,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer,
         raise ValueError("a loader has no images")
     if not quiet:
         Path(pics).mkdir(parents=True, exist_ok=True)
-        shown = next(merged_batches(test_loader, 8))[:8]  # eight images, even if a batch has one
+        shown = next(merged_batches(test_loader, merge=8))[:8]  # a batch may have only one
         rate = optimizer.param_groups[0]["lr"]
         cycle = "constant" if peak is None else f"0 to {peak} times {rate} and back to 0"
         print(f"learning rate: {cycle}; batches in a step: {merge}", flush=True)
@@ -437,7 +437,7 @@ def fit_density(model: AutoEncoder, images: Tensor, components=100) -> Density:
     device = next(model.parameters()).device
     codes = model.encode(images.to(device)).cpu().double()  # (n, h)
     n, h = codes.shape
-    means = codes[:: max(1, n // components)][:components].clone()  # (k, h)
+    means = codes[:: max(1, n // components)][:components].clone()  # (k, h), evenly spaced
     for _ in range(20):
         cluster = torch.cdist(codes, means).argmin(dim=1)  # (n,)
         counts = cluster.bincount(minlength=len(means)).double()  # (k,)
@@ -616,14 +616,16 @@ def random_setting(seed: str) -> dict:
     """
     draw = random.Random(seed)
     hidden_layers = draw.choice([0, 1, 2])  # on each side
-    return {
-        "encoder_sizes": tuple(draw.randint(64, 400) for _ in range(hidden_layers)),
-        "decoder_sizes": tuple(draw.randint(64, 400) for _ in range(hidden_layers)),
-        "loss": draw.choice(list(LOSSES)),
-        "l1": draw.choice([0.0, float(f"{10 ** draw.uniform(-6, -2):.1e}")]),
-        "dropout": draw.choice([0.0, round(draw.uniform(0, 0.3), 2)]),
-        "refinements": draw.choice([0, 1]),
-    }
+    encoder_sizes = tuple(draw.randint(64, 400) for _ in range(hidden_layers))
+    decoder_sizes = tuple(draw.randint(64, 400) for _ in range(hidden_layers))
+    loss = draw.choice(list(LOSSES))
+    l1 = float(f"{10 ** draw.uniform(-6, -2):.1e}")  # two digits are enough
+    l1 = draw.choice([0.0, l1])
+    dropout = round(draw.uniform(0, 0.3), 2)
+    dropout = draw.choice([0.0, dropout])
+    refinements = draw.choice([0, 1])
+    return {"encoder_sizes": encoder_sizes, "decoder_sizes": decoder_sizes, "loss": loss,
+            "l1": l1, "dropout": dropout, "refinements": refinements}
 
 
 def cost(setting: dict) -> int:
@@ -700,7 +702,7 @@ def run_trials(trials: list[Trial], parts: dict, classifier: Classifier, out: Pa
     rank, processes = 0, 1
     if dist.is_initialized():
         rank, processes = dist.get_rank(), dist.get_world_size()
-    longest_first = sorted(trials, key=lambda trial: -trial.epochs * cost(trial.setting))
+    longest_first = sorted(trials, key=lambda trial: -cost(trial.setting))
     results = {}
     for trial in longest_first[rank::processes]:
         start = time.perf_counter()
@@ -815,8 +817,10 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 
     seeds = [seed + 100 + repeat for repeat in range(REPEATS)]
     confirmed = run_stage("confirm", candidates, "confirm", seeds)
     passing = [name for name in candidates if all(map(passes, confirmed[name]))]
-    scores = {name: [result["distance"] for result in confirmed[name]]
-              for name in passing or candidates}
+    if not passing:
+        print("No setting passes the guards, so all take part in the choice.", flush=True)
+        passing = list(candidates)
+    scores = {name: [result["distance"] for result in confirmed[name]] for name in passing}
     winner = cheapest_of_the_best(scores, {name: cost(candidates[name]) for name in scores})
 
     # Test
@@ -830,6 +834,7 @@ def search(data: str | Path = "data", out: str | Path = "search", epochs: int = 
         linear = linear_digits(train_x, 20_000, seed)
         tested["real digits"] = [judge(train_x[:20_000], real, classifier)]
         tested["PCA"] = [judge(linear, real, classifier)]
+        print_report("when tried", {name: tried[name] for name in ranked})
         print_report("on fresh images", confirmed)
         print_report("on test images", tested)
 

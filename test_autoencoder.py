@@ -1795,8 +1795,8 @@ def other3(seed):
     784-128-128-10.
     "flips": of the attack, on 100 digits that the classifier reads rightly. The alarm of a
     density is -log2 p(x). That of the plain network is minus the logarithm of its highest
-    probability; it is trained anew without each class. "ratio to noise": the alarm is log2 of
-    the density with noise over that without. "known digits": their mean -log2 p(x). Bottom
+    probability; it is trained anew without each class. "divided by deep with noise": the alarm
+    is log2 of the density with noise, divided by that without. "known digits": their mean -log2 p(x). Bottom
     half: rows 15 to 28, summed out or taken as black.
     """
     torch.manual_seed(seed)
@@ -1837,7 +1837,7 @@ def other3(seed):
     rows["plain network"] |= alarm_columns(alarms, truth)
 
     surprise = all_alarms["deep, 800 steps"] - all_alarms["deep, 800 steps, with noise"]
-    rows["deep, ratio to noise"] = alarm_columns(surprise, truth)
+    rows["deep, divided by deep with noise"] = alarm_columns(surprise, truth)
     rows["1s"] = split_columns(of_whole, truth, 1)
     rows["5s"] = split_columns(of_whole, truth, 5)
 
@@ -1889,6 +1889,7 @@ def test_answer_other3(measure):
     assert (noise["right, %"] > best["right, %"] - 0.5).all(), "at the same accuracy"
     assert (noise["bits"] > best["bits"] + 30).all(), "with far worse bits"
     assert (noisy["flips"] > noise["flips"]).all(), "a network with noise takes more"
+    assert (noisy["flips"] > network["flips"]).all(), "and more than one without"
 
     # The alarm:
     ones_unseen, nine_others = "AUROC, 1s unseen", "AUROC, mean over the other nine classes"
@@ -1900,8 +1901,8 @@ def test_answer_other3(measure):
     assert (fives["total"] > fives["known digits"] + 30).all(), "5s cost more than known digits"
     assert (ones["total"] < ones["known digits"] - 10).all(), "1s cost less than known digits"
     assert (best[ones_unseen] < 0.25).all(), "an alarm does not see 1s"
-    for column in ones_unseen, nine_others:
-        assert (ratio[column] < network[column] - 0.2).all(), f"a ratio does not help: {column}"
+    assert (ratio[ones_unseen] < 0.5).all(), "a ratio helps little on 1s"
+    assert (ratio[nine_others] < best[nine_others] - 0.1).all(), "and does harm on the others"
 
     # What is missing:
     assert (summed_out > black + 25).all(), "summing out is worth 25 points"
