@@ -42,7 +42,7 @@ DIGITS = ae.Data(*ae.draw_digits(2000, seed=1), *ae.draw_digits(500, seed=2), "d
 
 @pytest.fixture(scope="session", autouse=True)
 def sigterm_ends_the_tests_as_ctrl_c_does():
-    """So that what they have started is ended, too."""
+    """So SIGTERM also ends the processes that tests have started."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
@@ -298,24 +298,25 @@ def test_an_unknown_loss_is_refused_with_the_known_ones():
 
 # ---- Training ----------------------------------------------------------------------------
 
-def test_the_learning_rate_goes_through_one_cycle_and_comes_back():
-    """Twice: a second training starts from the rate that the optimizer has then."""
+def test_the_learning_rates_go_through_one_cycle_and_come_back():
+    """Twice: a second training starts from the rates that the optimizer has then."""
     rates = []
     model = ae.AutoEncoder(784, 20, (32,), (32,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    first, *others = model.parameters()
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": others}], lr=1e-5)
 
     def note(optimizer, *_):
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append([group["lr"] for group in optimizer.param_groups])
 
     optimizer.register_step_pre_hook(note)
     loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)  # 10 batches, 3 steps
-    for rate in (1e-5, 2e-5):
-        optimizer.param_groups[0]["lr"] = rate
+    cycle = np.interp(np.arange(1, 10) / 10, [0, 0.2, 1], [0, 12, 0])
+    for low, high in ((1e-5, 3e-5), (2e-5, 1e-5)):
+        optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = low, high
         rates.clear()
         ae.train(model, optimizer, loader, None, epochs=3, quiet=True)
-        cycle = np.interp(np.arange(1, 10) / 10, [0, 0.2, 1], [0, 12 * rate, 0])
-        assert rates == pytest.approx(cycle)
-        assert optimizer.param_groups[0]["lr"] == rate
+        assert np.array(rates) == pytest.approx(cycle[:, None] * [low, high])
+        assert [group["lr"] for group in optimizer.param_groups] == [low, high]
 
 
 def test_train_is_a_plain_loop_over_joined_batches(tmp_path, monkeypatch, capsys):
@@ -491,6 +492,77 @@ def test_a_loader_gives_each_image_once_with_its_label_in_a_new_order():
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[3])
 
 
+# ---- Generation, and how natural it is ---------------------------------------------------
+
+class Identity(nn.Module):
+    """An "autoencoder" whose images are their own codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)  # something that is on a device
+
+    def encode(self, x):
+        return x
+
+    decode = forward = encode
+
+
+def test_frechet_distance_is_that_of_the_formula():
+    torch.manual_seed(0)
+    a = torch.randn(500, 6) @ torch.randn(6, 6)
+    b = torch.randn(700, 6) @ torch.randn(6, 6) + 1
+    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real)  # of the product, not symmetric
+    shift = np.square(a.numpy().mean(0) - b.numpy().mean(0)).sum()
+    expected = shift + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum()
+    assert ae.frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
+    assert ae.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert ae.frechet_distance(a, a + 2) == pytest.approx(6 * 2 ** 2, rel=1e-4)
+
+
+def test_density_and_generator_give_back_two_clouds():
+    torch.manual_seed(0)
+    low, high = torch.randn(3_000, 4), 8 + 2 * torch.randn(1_000, 4)
+    codes = torch.cat([low, high])  # k-means starts with two of the first cloud
+    density = ae.fit_density(Identity(), codes, components=2)
+    drawn = ae.generate(Identity(), density, 8_000, seed=1)
+    is_high = drawn.mean(dim=1) > 4
+    assert is_high.sum() == 2_000, "each Gaussian gives its exact share"
+    for is_from, cloud in [(is_high, high), (~is_high, low)]:
+        mean, std = drawn[is_from].mean(0), drawn[is_from].std(0)
+        assert mean.numpy() == pytest.approx(cloud.mean(0).numpy(), abs=1e-3), "pairs cancel"
+        assert std.numpy() == pytest.approx(cloud.std(0).numpy(), abs=0.1)
+
+
+def test_linear_digits_vary_as_the_images_do():
+    torch.manual_seed(0)
+    images = 0.5 + 0.05 * torch.randn(2_000, 6) @ torch.randn(6, 6)
+    images = images.clamp(0.01, 0.99)
+    drawn = ae.linear_digits(images, 20_000, size=6)
+    assert drawn.std(dim=0).numpy() == pytest.approx(images.std(dim=0).numpy(), rel=0.1)
+
+
+def test_guards_see_a_missing_class_and_copies():
+    real = torch.arange(10).repeat(50)
+    assert ae.class_balance(real, real) == pytest.approx(1)
+    assert ae.class_balance(real[real != 4], real) == 0
+    assert ae.class_balance(torch.cat([real, real[real != 4]]), real) == pytest.approx(10 / 19)
+    torch.manual_seed(0)
+    seen, held_out, fresh = torch.randn(3, 1_000, 20)
+    assert ae.copy_ratio(Identity(), seen, held_out, seen) < 0.01
+    assert ae.copy_ratio(Identity(), fresh, held_out, seen) == pytest.approx(1, abs=0.05)
+
+
+def test_features_do_not_depend_on_brightness():
+    torch.manual_seed(0)
+    images = torch.rand(50, 784)
+    classifier = ae.Classifier()
+    features, _ = classifier.describe(images)
+    of_dimmer, _ = classifier.describe(0.5 * images)
+    assert of_dimmer.numpy() == pytest.approx(features.numpy(), abs=1e-4)
+    assert features.norm(dim=1).numpy() == pytest.approx(10, rel=1e-4)
+
+
 # ---- The search --------------------------------------------------------------------------
 
 def test_parts_of_the_data_are_disjoint_and_mixed():
@@ -560,7 +632,7 @@ def later_is_better(trial):
 def test_search_tries_then_confirms_then_tests_with_fresh_seeds(pretended_search, capsys):
     winner, trials = pretended_search(later_is_better)
     settings = [ae.random_setting(f"0 {number}") for number in range(1, 21)]
-    best, second, typical = settings[19], settings[18], settings[9]  # the eleventh of 20
+    best, second, typical = settings[19], settings[18], settings[9]  # ranks 1, 2 and 11 of 20
     for stage, expected, part in [
             ("try", settings, "choose"),
             ("confirm", 3 * [best, second, ae.DEFAULT, ae.PLAIN], "confirm"),
@@ -762,9 +834,9 @@ def test_import_has_no_side_effects(tmp_path):
 # ==== The answers =========================================================================
 #
 # Each section below is one answer of ANSWERS.md. An experiment is a function of a seed that
-# returns the rows of its tables, and `test_answer_x` is the test of the experiment `x`. It
-# compares what came out with the tables in ANSWERS.md, and asserts the claims that the
-# answer draws from it.
+# returns the rows of its tables, and the experiment `x` is tested by `test_answer_x`. This
+# compares what came out with the tables in ANSWERS.md, and asserts the claims that the answer
+# draws from it. Tools for several answers come first.
 
 SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "0,1,2,3,4").split(",")]
 
@@ -780,7 +852,7 @@ def under_way(request):
     names = [item.name.removeprefix("test_answer_") for item in request.session.items]
     experiments = [globals()[name] for name in names if name in globals()]
     context = multiprocessing.get_context("spawn")
-    processes = min(os.cpu_count(), len(experiments) * len(SEEDS))
+    processes = min(os.cpu_count(), 1 + len(experiments) * len(SEEDS))
     with context.Pool(processes, start_worker) as pool:
         yield {experiment: pool.imap(experiment, SEEDS) for experiment in experiments}
 
@@ -822,6 +894,8 @@ def check_table(name, measured, allowed):
     lines = [line.strip("|").replace("*", "") for line in lines]  # without bold type
     header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines)
     assert [row for row, *_ in rows] == list(measured), f"the rows of {name} differ"
+    columns = [key for key in allowed if isinstance(key, str)]
+    assert header[1:] == columns, f"the columns of {name} differ"
     for row, *cells in rows:
         for column, cell in zip(header[1:], cells):
             where = f"{name}, {row}, {column}"
@@ -837,7 +911,7 @@ def check_table(name, measured, allowed):
 def interval(differences):
     """The 95 % confidence interval of the mean of paired differences, one for each seed."""
     count = len(differences)
-    student = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[count]
+    student = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(count, 2.26)
     half = student * np.std(differences, ddof=1) / count ** 0.5
     return np.mean(differences) - half, np.mean(differences) + half
 
@@ -979,7 +1053,7 @@ def autoencoder1(seed):
         }
 
     seen = train_images[:10_000]
-    codes = model.encode(seen)
+    codes = model.encode(seen)  # of the last model: deep, three epochs
     narrow = (1e-3 * codes.var(dim=0).mean()).sqrt() * torch.eye(20)
     densities = {
         "1 Gaussian": ae.fit_density(model, seen, components=1),
@@ -1007,7 +1081,7 @@ def test_answer_autoencoder1(measure):
     trainings = {row: rows.pop(row) for row in ["one epoch", "three epochs"]}
     check_table("short_trainings", trainings, {
         "error, shallow to deep": {"abs": 0.17},
-        "distance, shallow to deep": {"rel": 0.25, "abs": 0.25},
+        "distance, shallow to deep": {"rel": 0.25, "abs": 0.15},
     })
     early, late = trainings.values()
     distance, error = "distance, shallow to deep", "error, shallow to deep"
@@ -1018,7 +1092,7 @@ def test_answer_autoencoder1(measure):
     assert high < 0 < low, "the reconstruction error makes the same mistake"
 
     check_table("samplers", rows, {
-        "distance, ours = 1": {"rel": 0.2}, "copy guard": {"abs": 0.1},
+        "distance, ours = 1": {"rel": 0.2}, "copy guard": {"abs": 0.04},
         ("1 Gaussian", "distance, ours = 1"): {"rel": 0.4},
     })
     one, ours, _, copied = rows.values()
@@ -1028,16 +1102,13 @@ def test_answer_autoencoder1(measure):
     assert (ours["copy guard"] > 0.9).all(), "it lets honest digits pass"
 
 
-def test_answer_autoencoder1_one_penalty_for_three_networks():
+def test_answer_autoencoder1_one_penalty_for_two_networks():
     """The penalty at initialisation, where a weight has mean size 1 / (2 √inputs)."""
     wide = {"encoder_sizes": (400, 400), "decoder_sizes": (400, 400)}
-    sums = []
-    for setting in [SHALLOW, {}, wide]:
-        torch.manual_seed(0)
-        model = ae.AutoEncoder(784, 20, **setting)
-        sums.append(sum(p.abs().sum().item() for p in model.parameters()))
-    stated = [2_111, 13_736, 22_629]
-    assert sums == pytest.approx(stated, rel=0.02), "the same λ weighs eleven times as much"
+    small_sum, wide_sum = (
+        sum(p.abs().sum().item() for p in ae.AutoEncoder(784, 20, **setting).parameters())
+        for setting in [SHALLOW, wide])
+    assert wide_sum / small_sum == pytest.approx(11, abs=0.5), "eleven times as large"
 
 
 # ==== Autoencoder 2: the metric, tested before it is trusted ==============================
@@ -1093,7 +1164,7 @@ def autoencoder2(seed):
         "real, slightly blurred": blurred(other),
         "real, a fifth dimmer": 0.8 * other,
         "real, one in ten glued": some_glued,
-        "real, without 4": torch.cat([rest, rest])[:5_000],
+        "real, without 4": torch.cat([rest, rest])[:5_000],  # some of them twice
         "copies of training digits": train_images[:5_000],
         "autoencoder, default": generated,
         "the same, slightly blurred": blurred(generated),
@@ -1134,7 +1205,7 @@ def test_answer_autoencoder2(measure):
         "usual features": {"rel": 0.33, "abs": 0.2}, "our features": {"rel": 0.3, "abs": 0.22},
         ("the same, slightly blurred", "our features"): {"rel": 0.18},
         ("real, without 4", "usual features"): {"rel": 0.44},
-        "class guard": {"abs": 0.1}, "copy guard": {"abs": 0.08},
+        "class guard": {"abs": 0.1}, "copy guard": {"abs": 0.04},
     })
     for row, least in [("real, slightly blurred", 1.2), ("real, a fifth dimmer", 10)]:
         assert (table[row]["usual features"] > least).all(), f"{row}: behind, usual features"
@@ -1142,93 +1213,27 @@ def test_answer_autoencoder2(measure):
         assert high < 0, f"{row}: ahead of the autoencoder's, our features"
 
     ours = {row: cells["our features"] for row, cells in table.items()}
+    more, _ = interval(ours["real, one in ten glued"] - ours["real digits"])
     _, high = interval(np.log(ours["real, one in ten glued"]))
-    assert high < 0, "a set with one glued digit in ten beats the autoencoder's"
+    assert more > 0 > high, "one glued digit in ten costs something, but beats the autoencoder"
     assert (ours["copies of training digits"] < 1).all(), "copies beat the autoencoder's"
     assert (ours["real, without 4"] > 2).all(), "a missing class is far behind"
-    assert (ours["PCA with a Gaussian"] > 5).all(), "a linear model is farther behind still"
+    assert (ours["PCA with a Gaussian"] > ours["real, without 4"]).all(), "a linear model farther"
     assert (ours["the same, slightly blurred"] > 1.15).all(), "blur makes the autoencoder worse"
     few = ours["500 real against 500 real"]
     assert (few > 1.5).all(), "500 real digits score worse than 5,000 of the autoencoder"
+    assert 7 < (few.mean() / ours["real digits"].mean()) < 15, "about ten times 5,000"
 
-    for row, cells in table.items():
+    guarded = {row: cells for row, cells in table.items() if "copy guard" in cells}
+    for row, cells in guarded.items():
         if row == "real, without 4":
             assert (cells["class guard"] < 0.25).all(), "the guard sees the missing class"
-        elif row.startswith("real") or "autoencoder" in row:
+        elif row != "PCA with a Gaussian":
             assert (cells["class guard"] > 0.5).all(), f"{row}: the class guard lets it pass"
         if row == "copies of training digits":
             assert (cells["copy guard"] < 0.05).all(), "the guard sees the copies"
-        elif "copy guard" in cells:
+        else:
             assert (cells["copy guard"] > 0.85).all(), f"{row}: the copy guard lets it pass"
-
-
-class Identity(nn.Module):
-    """An "autoencoder" whose images are their own codes."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)  # something that is on a device
-
-    def encode(self, x):
-        return x
-
-    decode = forward = encode
-
-
-def test_frechet_distance_is_that_of_the_formula():
-    torch.manual_seed(0)
-    a = torch.randn(500, 6) @ torch.randn(6, 6)
-    b = torch.randn(700, 6) @ torch.randn(6, 6) + 1
-    cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
-    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real)  # of the product, not symmetric
-    shift = np.square(a.numpy().mean(0) - b.numpy().mean(0)).sum()
-    expected = shift + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum()
-    assert ae.frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
-    assert ae.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    assert ae.frechet_distance(a, a + 2) == pytest.approx(6 * 2 ** 2, rel=1e-4)
-
-
-def test_density_and_generator_give_back_two_clouds():
-    torch.manual_seed(0)
-    low, high = torch.randn(3_000, 4), 8 + 2 * torch.randn(1_000, 4)
-    codes = torch.cat([low, high])  # k-means starts with two of the first cloud
-    density = ae.fit_density(Identity(), codes, components=2)
-    drawn = ae.generate(Identity(), density, 8_000, seed=1)
-    is_high = drawn.mean(dim=1) > 4
-    assert is_high.sum() == 2_000, "each Gaussian gives its exact share"
-    for is_from, cloud in [(is_high, high), (~is_high, low)]:
-        mean, std = drawn[is_from].mean(0), drawn[is_from].std(0)
-        assert mean.numpy() == pytest.approx(cloud.mean(0).numpy(), abs=1e-3), "pairs cancel"
-        assert std.numpy() == pytest.approx(cloud.std(0).numpy(), abs=0.1)
-
-
-def test_linear_digits_vary_as_the_images_do():
-    torch.manual_seed(0)
-    images = 0.5 + 0.05 * torch.randn(2_000, 6) @ torch.randn(6, 6)
-    images = images.clamp(0.01, 0.99)
-    drawn = ae.linear_digits(images, 20_000, size=6)
-    assert drawn.std(dim=0).numpy() == pytest.approx(images.std(dim=0).numpy(), rel=0.1)
-
-
-def test_guards_see_a_missing_class_and_copies():
-    real = torch.arange(10).repeat(50)
-    assert ae.class_balance(real, real) == pytest.approx(1)
-    assert ae.class_balance(real[real != 4], real) == 0
-    assert ae.class_balance(torch.cat([real, real[real != 4]]), real) == pytest.approx(10 / 19)
-    torch.manual_seed(0)
-    seen, held_out, fresh = torch.randn(3, 1_000, 20)
-    assert ae.copy_ratio(Identity(), seen, held_out, seen) < 0.01
-    assert ae.copy_ratio(Identity(), fresh, held_out, seen) == pytest.approx(1, abs=0.05)
-
-
-def test_features_do_not_depend_on_brightness():
-    torch.manual_seed(0)
-    images = torch.rand(50, 784)
-    classifier = ae.Classifier()
-    features, _ = classifier.describe(images)
-    of_dimmer, _ = classifier.describe(0.5 * images)
-    assert of_dimmer.numpy() == pytest.approx(features.numpy(), abs=1e-2)
-    assert features.norm(dim=1).numpy() == pytest.approx(10, rel=1e-4)
 
 
 # ==== Other 1: model uncertainty ==========================================================
@@ -1260,7 +1265,7 @@ class CoinTossTask:
     """The images of one seed, in sets (images, labels). No training image is in two.
 
     labelled   2,000 digits of eight classes and 1,000 coin tosses of such digits
-    pool       6,000 digits and 4,000 coin tosses of these, 1,000 digits of the others
+    pool       6,000 digits and 4,000 coin tosses of the eight, 1,000 digits of the others
     held_out   1,000 digits of the eight classes, to fit temperatures
     all_ten    the 10,000 test images
     known      those of the eight classes
@@ -1505,7 +1510,9 @@ def test_answer_other1(measure):
     predictions = {row: cells for row, cells in measured.items() if "NLL" in cells}
     labels = {row: cells for row, cells in measured.items() if row not in predictions}
     check_table("uncertainty_labels", labels, {
-        "coin tosses, %": {"abs": 8.5},
+        "coin tosses, %": {"abs": 5},
+        ("disagreement of five networks", "coin tosses, %"): {"abs": 10},
+        ("feature density of the student", "coin tosses, %"): {"abs": 10},
         "right after, %": {"abs": 4},
         "unseen against known": {"abs": 0.04},
         "unseen against tosses": {"abs": 0.08}})
@@ -1520,13 +1527,15 @@ def test_answer_other1(measure):
     disagreements = [row for row in labels if row.startswith("disagreement")]
     for row in entropies:
         gain = after[row] - after["chance"]
-        assert gain.mean() < 2, f"on average, {row} buys no more than chance"
+        assert gain.mean() < 0, f"on average, {row} buys less than chance"
         assert tosses[row].min() > 66.7, f"every seed: two thirds on tosses by {row}"
     for row in disagreements:
         gain = after[row] - after["chance"]
         assert gain.mean() > 2, f"on average, {row} beats chance"
         for rival in entropies:
-            assert (after[row] > after[rival]).all(), f"with every seed, {row} beats {rival}"
+            gain = after[row] - after[rival]
+            assert gain.min() > 0, f"with every seed, {row} beats {rival}"
+            assert gain.mean() > 7, f"and on average by some ten points: {row}, {rival}"
 
     five, one, student = (after[row] for row in disagreements)
     assert abs((one - five).mean()) < 2, "on average, one and five are within two points"
@@ -1551,11 +1560,12 @@ def test_answer_other1(measure):
             by_entropy = cells["wrong, kept by entropy, %"]
             more = cells["wrong, kept by disagreement, %"] - by_entropy
             assert more.min() > 0, f"with every seed, entropy rejects better: {row}"
-    _, wide, five, _, student = (cells["NLL"] for cells in predictions.values())
+    _, wide, of_five, dropout_on, of_student = (cells["NLL"] for cells in predictions.values())
     assert wide.max() < 100, "with every seed, a wide network beats one"
-    assert five.max() < 100, "with every seed, five networks beat one"
-    assert (student > wide).all(), "with every seed, the wide network beats the student"
-    assert student.mean() < 108, "on average, the student loses less than eight percent"
+    assert of_five.max() < 100, "with every seed, five networks beat one"
+    assert dropout_on.mean() > 100, "on average, dropout left on gains nothing"
+    assert of_student.mean() > 100, "nor does the student"
+    assert (of_student > wide).all(), "with every seed, the wide network beats the student"
 
 
 def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_an_argument():
@@ -1746,7 +1756,10 @@ def flip_until_fooled(classifier, images, labels, candidates=10):
 
 
 def flips_to_fool(classifier, scores, images, labels):
-    """How many pixels the attack has flipped on average, on digits that were read rightly."""
+    """How many pixels the attack has flipped on average, on digits that were read rightly.
+
+    A digit that it has not fooled counts with those flipped, so a robust model is underrated.
+    """
     right = (scores.argmax(1) == labels).nonzero()[:, 0]
     chosen = right[torch.randperm(len(right))[:ATTACKED]]
     fooled = flip_until_fooled(classifier, images[chosen], labels[chosen])
@@ -1786,7 +1799,7 @@ def split_columns(scores, labels, digit):
 
 
 def other3(seed):
-    """The three tables of the answer for one seed.
+    """The four tables of the answer for one seed.
 
     Fitted to 50,000 training images of MNIST, black or white by a threshold of 1/2; all test
     images are scored. Deep densities: 50, 200 or 800 steps of Adam with 40 images of each
@@ -1795,9 +1808,9 @@ def other3(seed):
     784-128-128-10.
     "flips": of the attack, on 100 digits that the classifier reads rightly. The alarm of a
     density is -log2 p(x). That of the plain network is minus the logarithm of its highest
-    probability; it is trained anew without each class. "divided by deep with noise": the alarm
-    is log2 of the density with noise, divided by that without. "known digits": their mean -log2 p(x). Bottom
-    half: rows 15 to 28, summed out or taken as black.
+    probability; it is trained anew without each class. "divided by deep with noise": the
+    alarm is log2 of the density with noise, divided by that without. "known digits": their
+    mean -log2 p(x). Bottom half: rows 15 to 28, summed out or taken as black.
     """
     torch.manual_seed(seed)
     data = ae.load_data(DATA)
@@ -1884,7 +1897,7 @@ def test_answer_other3(measure):
     for shorter, longer in (short, middle), (middle, best):
         for column in "bits", "flips", "AUROC, 1s unseen":
             assert (longer[column] < shorter[column]).all(), f"longer training: {column}"
-    assert (no_table["flips"] < network["flips"] / 2).all(), "nor without its table"
+    assert (no_table["flips"] < network["flips"] / 2).all(), "without its table it still takes few flips"
     assert (noise["flips"] > 3 * best["flips"]).all(), "noise triples the flips"
     assert (noise["right, %"] > best["right, %"] - 0.5).all(), "at the same accuracy"
     assert (noise["bits"] > best["bits"] + 30).all(), "with far worse bits"
@@ -1901,11 +1914,11 @@ def test_answer_other3(measure):
     assert (fives["total"] > fives["known digits"] + 30).all(), "5s cost more than known digits"
     assert (ones["total"] < ones["known digits"] - 10).all(), "1s cost less than known digits"
     assert (best[ones_unseen] < 0.25).all(), "an alarm does not see 1s"
-    assert (ratio[ones_unseen] < 0.5).all(), "a ratio helps little on 1s"
+    assert (ratio[ones_unseen] < 0.35).all(), "a ratio helps little on 1s"
     assert (ratio[nine_others] < best[nine_others] - 0.1).all(), "and does harm on the others"
 
     # What is missing:
-    assert (summed_out > black + 25).all(), "summing out is worth 25 points"
+    assert (summed_out > black + 25).all(), "summing out is worth 25 points and more"
     assert (trained > summed_out).all(), "a network trained for it is better"
 
 
