@@ -507,6 +507,13 @@ class Identity(nn.Module):
     decode = forward = encode
 
 
+class Half(Identity):
+    """It reconstructs images at half of their size."""
+
+    def forward(self, x):
+        return x / 2
+
+
 def test_frechet_distance_is_that_of_the_formula():
     torch.manual_seed(0)
     a = torch.randn(500, 6) @ torch.randn(6, 6)
@@ -550,6 +557,7 @@ def test_guards_see_a_missing_class_and_copies():
     torch.manual_seed(0)
     seen, held_out, fresh = torch.randn(3, 1_000, 20)
     assert ae.copy_ratio(Identity(), seen, held_out, seen) < 0.01
+    assert ae.copy_ratio(Half(), seen, held_out, seen) < 0.01, "reconstructions are compared"
     assert ae.copy_ratio(Identity(), fresh, held_out, seen) == pytest.approx(1, abs=0.05)
 
 
@@ -560,6 +568,7 @@ def test_features_do_not_depend_on_brightness():
     features, _ = classifier.describe(images)
     of_dimmer, _ = classifier.describe(0.5 * images)
     assert of_dimmer.numpy() == pytest.approx(features.numpy(), abs=1e-4)
+    torch.testing.assert_close(classifier(0.5 * images), classifier(images))
     assert features.norm(dim=1).numpy() == pytest.approx(10, rel=1e-4)
 
 
@@ -656,8 +665,8 @@ def test_search_tries_then_confirms_then_tests_with_fresh_seeds(pretended_search
 
 def test_settings_that_miss_classes_or_copy_lose_to_all_others(pretended_search):
     def gamed(trial):
-        if trial.setting == ae.PLAIN:
-            return {"distance": 0.1, "novelty": 0.4}
+        if trial.setting == ae.PLAIN:  # it fails once, which is enough
+            return {"distance": 0.1, "novelty": 0.4 if trial.seed == 101 else 1.0}
         cheats = trial.setting.get("loss") in ("squared", "absolute")
         fault = "balance" if trial.setting.get("loss") == "squared" else "novelty"
         return {"distance": 0.1, fault: 0.4} if cheats else later_is_better(trial)
@@ -683,7 +692,7 @@ def test_a_search_goes_on_where_it_stopped_and_trains_nothing_twice(
     everything = 20 + 12 + 9
     assert len(pretended_search(later_is_better, epochs=6)[1]) == everything
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS._replace(name="others"))
-    assert len(pretended_search(later_is_better)[1]) == everything
+    assert len(pretended_search(later_is_better, epochs=6)[1]) == everything
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".pt", ".png")]
 
 
@@ -1218,7 +1227,7 @@ def test_answer_autoencoder2(measure):
     assert more > 0 > high, "one glued digit in ten costs something, but beats the autoencoder"
     assert (ours["copies of training digits"] < 1).all(), "copies beat the autoencoder's"
     assert (ours["real, without 4"] > 2).all(), "a missing class is far behind"
-    assert (ours["PCA with a Gaussian"] > ours["real, without 4"]).all(), "a linear model farther"
+    assert (ours["PCA with a Gaussian"] > ours["real, without 4"]).all(), "PCA is farther"
     assert (ours["the same, slightly blurred"] > 1.15).all(), "blur makes the autoencoder worse"
     few = ours["500 real against 500 real"]
     assert (few > 1.5).all(), "500 real digits score worse than 5,000 of the autoencoder"
@@ -1897,7 +1906,7 @@ def test_answer_other3(measure):
     for shorter, longer in (short, middle), (middle, best):
         for column in "bits", "flips", "AUROC, 1s unseen":
             assert (longer[column] < shorter[column]).all(), f"longer training: {column}"
-    assert (no_table["flips"] < network["flips"] / 2).all(), "without its table it still takes few flips"
+    assert (no_table["flips"] < network["flips"] / 2).all(), "also without its table"
     assert (noise["flips"] > 3 * best["flips"]).all(), "noise triples the flips"
     assert (noise["right, %"] > best["right, %"] - 0.5).all(), "at the same accuracy"
     assert (noise["bits"] > best["bits"] + 30).all(), "with far worse bits"
