@@ -858,32 +858,33 @@ def start_worker():
 @pytest.fixture(scope="session")
 def under_way(request):
     """The experiments of all chosen tests, each with all SEEDS, in one pool of processes."""
-    names = [item.name.removeprefix("test_answer_") for item in request.session.items]
-    experiments = [globals()[name] for name in names if name in globals()]
+    named = {f"test_answer_{experiment.__name__}": experiment
+             for experiment in (autoencoder1, autoencoder2, other1, other3)}
+    experiments = [named[item.name] for item in request.session.items if item.name in named]
     experiments.reverse()  # the last one takes longest, and should not be left to one core
     context = multiprocessing.get_context("spawn")
     processes = min(os.cpu_count(), 1 + len(experiments) * len(SEEDS))
     with context.Pool(processes, start_worker) as pool:
-        yield {experiment: pool.imap(experiment, SEEDS) for experiment in experiments}
+        yield {experiment: [pool.apply_async(experiment, [seed]) for seed in SEEDS]
+               for experiment in experiments}
 
 
 @pytest.fixture
 def measure(under_way, capfd):
     """Called with an experiment: {row: {column: an array with a value for each seed}}.
 
-    Every 20 seconds the terminal hears that it is still waiting.
+    Every 20 seconds the terminal hears how many experiments of all are done.
     """
     def wait_for(experiment):
+        everything = sum(under_way.values(), [])
         results = []
-        start = time.perf_counter()
-        while len(results) < len(SEEDS):
-            try:
-                results.append(under_way[experiment].next(timeout=20))
-            except multiprocessing.TimeoutError:
+        for job in under_way[experiment]:
+            while not job.ready():
+                job.wait(timeout=20)
+                done = sum(job.ready() for job in everything)
                 with capfd.disabled():
-                    seconds = time.perf_counter() - start
-                    print(f"\n  {len(results)} of {len(SEEDS)} seeds after {seconds:.0f} s "
-                          f"({experiment.__name__})", end="", flush=True)
+                    print(f"\n  {done} of {len(everything)} experiments done", end="", flush=True)
+            results.append(job.get())
         return {
             row: {column: np.array([result[row][column] for result in results])
                   for column in cells}
