@@ -858,9 +858,10 @@ def start_worker():
 @pytest.fixture(scope="session")
 def under_way(request):
     """The experiments of all chosen tests, each with all SEEDS, in one pool of processes."""
-    named = {f"test_answer_{experiment.__name__}": experiment
-             for experiment in (autoencoder1, autoencoder2, other1, other3)}
-    experiments = [named[item.name] for item in request.session.items if item.name in named]
+    prefix = "test_answer_"
+    names = [item.name for item in request.session.items if item.name.startswith(prefix)]
+    names = [name.removeprefix(prefix) for name in names]
+    experiments = [globals()[name] for name in names if name in globals()]
     experiments.reverse()  # the last one takes longest, and should not be left to one core
     context = multiprocessing.get_context("spawn")
     processes = min(os.cpu_count(), 1 + len(experiments) * len(SEEDS))
