@@ -3,9 +3,9 @@
     python autoencoder.py           train it, save pictures, check it, print Success!
     python autoencoder.py search    choose its settings by how natural its digits are
 
-The script does things: it trains, generates, judges and searches. The tests claim things
-about it. The task comes first, down to its test function. Then follow the measures of
-generated digits, the search that uses them, and the command line.
+The script does things: it trains, generates, judges and searches. Claims about it stand in
+test_autoencoder.py, which measures them. The task comes first, down to its test function.
+Then follow the measures of generated digits, the search, and the command line.
 """
 
 import argparse
@@ -47,12 +47,12 @@ class AutoEncoder(nn.Module):
 
     inp_size         numbers in an image
     hid_size         numbers in its code
-    encoder_sizes    units of the encoder's hidden layers. The first is the dearest, since
-                     it reads all pixels twice: 288 units there gain 1 % and cost 15 %
+    encoder_sizes    units of the encoder's hidden layers. The first reads all pixels, so
+                     it is kept narrow: 288 units there gain 1 % and take 15 % longer
     decoder_sizes    units of the decoder's hidden layers
     loss             reconstruction loss, a name in LOSSES
-    l1               weight of the L1 norm of all parameters in the loss of a batch. It is
-                     off because it decides little: 0.001 gains 2 %, and 0.01 loses 10 %
+    l1               weight of the L1 norm of all parameters in the loss of a batch. Off,
+                     since it is worth little: 0.001 gains 2 %, and 0.01 loses 10 %
     dropout          probability of leaving out a hidden unit, in training
     refinements      how often `encode` corrects its code; 0 is the textbook's encoder
     """
@@ -235,14 +235,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer,
     if fast:
         peaks = [PEAK * group["lr"] for group in optimizer.param_groups]
         steps = epochs * math.ceil(len(train_loader) / MERGE)
-        schedule = OneCycleLR(optimizer, peaks, steps, pct_start=WARM_UP,
+        schedule = OneCycleLR(optimizer, peaks, steps + 1, pct_start=WARM_UP,
                               anneal_strategy="linear", cycle_momentum=False)
     if test_loader is not None:
         print(f"fast recipe: {MERGE} batches make a step, and the learning rate rises to "
               f"{PEAK} times its value and falls to 0, for speed and a lower error" if fast
               else "plain recipe: each batch makes a step at the optimizer's learning rate")
         Path(pics).mkdir(parents=True, exist_ok=True)
-        shown = next(merged_batches(test_loader, merge=8))  # a batch may have only one
+        shown = next(merged_batches(test_loader, merge=8))  # eight, if a batch has only one
         shown = shown[:8].to(device)
 
     for epoch in range(1, epochs + 1):
@@ -522,7 +522,7 @@ def judge(model, seen: Tensor, real: Tensor, classifier, seed=0) -> dict[str, fl
 
 # ---- The search for settings -------------------------------------------------------------
 
-# A setting is a learning rate and the arguments of AutoEncoder that differ from its defaults.
+# A setting is Adam's learning rate and arguments of AutoEncoder.
 BY_HAND = {
     "default": {"lr": 0.001},
     "784-400-20": {"lr": 0.001, "encoder_sizes": (400,), "decoder_sizes": (400,),
@@ -548,7 +548,7 @@ class Found(NamedTuple):
 
 def draw_settings(count: int, seed: int) -> list[dict]:
     """Random settings. Losses take turns. Every fifth setting has no hidden layers, the
-    others have one or two on each side. Half have no penalty, half no dropout."""
+    others have one or two on each side. Half have no penalty, half or more no dropout."""
     draw = random.Random(seed)
     losses = draw.sample(list(LOSSES), len(LOSSES))
     settings = []
@@ -601,7 +601,7 @@ def run_trial(trial: dict, parts: dict, classifier: Classifier, out: Path) -> di
     path = out / f"{trial['name']} seed {trial['seed']}.pt"
     try:
         result = torch.load(path, weights_only=False)
-        if trial.items() <= result.items():
+        if trial.items() <= result.items():  # it is of the same trial
             return result
     except (OSError, RuntimeError, EOFError, LookupError, AttributeError, pickle.PickleError):
         pass  # there is none that can be read
@@ -610,12 +610,8 @@ def run_trial(trial: dict, parts: dict, classifier: Classifier, out: Path) -> di
     images, labels = parts["train"]
     real, _ = parts[trial["judged by"]]
     seed = trial["seed"]
-    try:
-        model = train_setting(trial["setting"], images, labels, trial["epochs"], seed)
-        scores = judge(model, images[:10_000], real, classifier, seed)
-    except FloatingPointError:  # it diverged: such a setting comes last
-        model = None
-        scores = dict(distance=math.inf, balance=0.0, novelty=0.0, error=math.inf)
+    model = train_setting(trial["setting"], images, labels, trial["epochs"], seed)
+    scores = judge(model, images[:10_000], real, classifier, seed)
     result = trial | scores | {"model": model}
     unfinished = path.with_suffix(".unfinished")
     torch.save(result, unfinished)
@@ -659,8 +655,10 @@ def compare(scores: dict[str, Tensor]) -> dict[str, str]:
     verdicts = {}
     for name in scores:
         low, high = interval(scores[name] - scores[best])
-        equal = -near <= low and high <= near
-        verdicts[name] = "equal" if equal else "worse" if low > 0 else "undecided"
+        if -near <= low and high <= near:
+            verdicts[name] = "equal"
+        else:
+            verdicts[name] = "worse" if low > 0 else "undecided"
     return verdicts | {best: "best"}
 
 
@@ -701,26 +699,30 @@ def search(images: Tensor, labels: Tensor, draws: int = 20, epochs: int = 3,
 
     candidates = {name: [r for r in results if r["name"] == name] for name in settings}
     passing = [name for name in candidates if all(map(passes, candidates[name]))]
+    if not passing:
+        passing = list(candidates)
     scores = {name: torch.tensor([training["distance"] for training in candidates[name]])
-              for name in passing or candidates}
-    verdicts = dict.fromkeys(candidates, "refused") | compare(scores)
+              for name in passing}
+    verdicts = {name: "refused" for name in candidates} | compare(scores)
     good = [name for name in candidates if verdicts[name] in ("best", "equal")]
     winner = min(good, key=lambda name: cost(candidates[name][0]["model"]))
     return Found(ranked, candidates, verdicts, winner, classifier, parts["train"][0][:10_000])
 
 
 def as_options(setting: dict) -> str:
-    """A setting as options of the command line, a tuple (400, 20) as 400 20."""
-    options = [f"--{name.replace('_', '-')} {value}" for name, value in setting.items()]
-    return " ".join(options).translate(str.maketrans("", "", "(),"))
+    """A setting as options of the command line."""
+    words = []
+    for name, value in setting.items():
+        values = value if isinstance(value, tuple) else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
 
 
 def save_sheet(found: Found, path: Path) -> None:
     """A picture: score and setting of each draw beside twenty digits that it generates."""
-    draws = [draw for draw in found.draws if draw["model"]]
     font = ImageFont.load_default(size=10)
-    sheet = Image.new("L", (840, 34 * len(draws)))
-    for place, draw in enumerate(draws):
+    sheet = Image.new("L", (840, 34 * len(found.draws)))
+    for place, draw in enumerate(found.draws):
         density = fit_density(draw["model"], found.seen)
         digits = generate(draw["model"], density, 20).view(20, 28, 28)
         row = (255 * torch.cat(list(digits), dim=1)).byte()  # (28, 560)
@@ -738,7 +740,8 @@ def mean_and_spread(trainings: list[dict]) -> str:
 
 
 def report(found: Found, test_images: Tensor, out: Path) -> None:
-    """Print what was found, judge the best by test images (n, 1, 28, 28), save a sheet."""
+    """Print what was found, save a sheet, and judge the winner, the settings set by hand and
+    the middle draw by test images (n, 1, 28, 28)."""
     print("\ndistance  balance  novelty    error  draw")
     for draw in found.draws:
         print("{distance:8.3f} {balance:8.2f} {novelty:8.2f} {error:8.4f}  ".format(**draw)
@@ -747,7 +750,7 @@ def report(found: Found, test_images: Tensor, out: Path) -> None:
     ranks = scores.argsort(dim=0).argsort(dim=0).double()
     print(f"rank correlation of distance and error: {torch.corrcoef(ranks.T)[0, 1]:.2f}")
 
-    print(f"\n{'distance':14}{'fresh images':>17}{'test images':>17}  verdict")
+    print(f"\n{'distance':14}{'held-out images':>17}{'test images':>17}  verdict")
     test_x = test_images.flatten(1)
     middle = {"middle draw": [found.draws[len(found.draws) // 2]]}
     for name, trainings in (found.candidates | middle).items():
@@ -791,6 +794,7 @@ def number(kind: type, low: float, high: float):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
+    parse.__name__ = kind.__name__  # for argparse's own message
     return parse
 
 

@@ -303,14 +303,6 @@ def test_reconstruction_is_its_formula(settings, refinements):
 
 
 def test_a_layer_that_is_used_twice_is_used_twice():
-    model = ae.AutoEncoder(784, 20, (32, 32), (), refinements=0)
-    x = torch.rand(5, 784)
-    copied = copy.deepcopy(model)
-    copied.encoder2.load_state_dict({"weight": torch.eye(32), "bias": torch.ones(32)})
-    copied.encoder2 = model.encoder2 = copied.encoder2
-    for layers in (model, copied):
-        hidden = F.silu(layers.encoder2(F.silu(layers.encoder1(x))))
-        torch.testing.assert_close(layers.encode(x), layers.encoder3(hidden))
     twice = ae.AutoEncoder(32, 32, (32, 32), (), refinements=0)
     twice.encoder2 = twice.encoder1
     x = torch.rand(5, 32)
@@ -390,8 +382,9 @@ def test_the_fast_recipe_joins_batches_and_goes_through_one_cycle():
     loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)  # 10 batches, 3 steps
     ae.train(model, optimizer, loader, None, epochs=7, fast=True)
     assert sizes == 7 * [200, 200, 100]
-    cycle = np.interp(np.arange(21), [0, 0.3 * 21 - 1, 20], [12 / 25, 12, 12 / 25e4])
-    assert np.array(rates) == pytest.approx(cycle[:, None] * [3e-5, 1e-5])
+    cycle = np.interp(np.arange(22), [0, 0.3 * 22 - 1, 21], [12 / 25, 12, 12 / 25e4])
+    assert np.array(rates) == pytest.approx(cycle[:21, None] * [3e-5, 1e-5])
+    assert 0 < optimizer.param_groups[1]["lr"] < 1e-9  # afterwards
 
 
 def test_losses_are_averages_per_image(tmp_path, capsys):
@@ -784,14 +777,6 @@ def test_a_search_goes_on_where_it_stopped(pretended, tmp_path):
     assert [setting for setting, *_ in notes] == ae.draw_settings(4, 0)[:3]
     assert again.verdicts == whole.verdicts and len(list((tmp_path / "out").iterdir())) == 16
     assert len(pretended(first_draws_are_best, epochs=9)[1]) == 16
-
-
-def test_a_setting_that_diverges_comes_last(tmp_path):
-    parts = ae.split_data(*DIGITS[:2], seed=0)
-    trial = {"name": "steep", "setting": {"lr": 1e-3, "l1": 1e38}, "seed": 0, "epochs": 1,
-             "judged by": "choose"}
-    result = ae.run_trial(trial, parts, None, tmp_path)
-    assert result["distance"] == math.inf and not ae.passes(result)
 
 
 def test_a_setting_is_trained_as_the_test_function_trains(tmp_path, monkeypatch):
