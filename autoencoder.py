@@ -655,7 +655,7 @@ def compare(scores: dict[str, Tensor]) -> dict[str, str]:
     verdicts = {}
     for name in scores:
         low, high = interval(scores[name] - scores[best])
-        if -near <= low and high <= near:
+        if high <= near:  # then -near <= low too, since the mean difference is not below 0
             verdicts[name] = "equal"
         else:
             verdicts[name] = "worse" if low > 0 else "undecided"
