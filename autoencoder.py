@@ -187,7 +187,7 @@ def make_loader(images: Tensor, labels: Tensor, batch_size=50, seed=0) -> DataLo
 # ---- Training ----------------------------------------------------------------------------
 
 # The fast recipe, chosen on training images that were held out.
-MERGE = 4      # so many of the loader's batches make one step
+MERGE = 4      # of the loader's batches make one step
 PEAK = 12      # the learning rate rises to so many times the optimizer's, and falls to 0
 WARM_UP = 0.3  # share of the steps in which it rises
 
@@ -549,20 +549,20 @@ class Found(NamedTuple):
 def draw_settings(count: int, seed: int) -> list[dict]:
     """Random settings. Losses take turns. Every fifth setting has no hidden layers, the
     others have one or two on each side. Half have no penalty, half or more no dropout."""
-    draw = random.Random(seed)
-    losses = draw.sample(list(LOSSES), len(LOSSES))
+    rng = random.Random(seed)
+    losses = rng.sample(list(LOSSES), len(LOSSES))
     settings = []
     for number in range(count):
-        layers = 0 if number % 5 == 4 else draw.choice([1, 2])
+        layers = 0 if number % 5 == 4 else rng.choice([1, 2])
         highest = 0.3 if layers else 0.0  # without hidden layers there is nothing to drop
         settings.append({
             "loss": losses[number % len(losses)],
-            "l1": draw.choice([0.0, float(f"{10 ** draw.uniform(-6, -2):.2g}")]),
-            "dropout": draw.choice([0.0, round(draw.uniform(0, highest), 2)]),
-            "lr": float(f"{10 ** draw.uniform(-3.5, -2.5):.3g}"),  # 0.0003 to 0.003
-            "encoder_sizes": tuple(draw.randint(64, 400) for _ in range(layers)),
-            "decoder_sizes": tuple(draw.randint(64, 400) for _ in range(layers)),
-            "refinements": draw.choice([0, 1]),
+            "l1": rng.choice([0.0, float(f"{10 ** rng.uniform(-6, -2):.2g}")]),
+            "dropout": rng.choice([0.0, round(rng.uniform(0, highest), 2)]),
+            "lr": float(f"{10 ** rng.uniform(-3.5, -2.5):.3g}"),  # 0.0003 to 0.003
+            "encoder_sizes": tuple(rng.randint(64, 400) for _ in range(layers)),
+            "decoder_sizes": tuple(rng.randint(64, 400) for _ in range(layers)),
+            "refinements": rng.choice([0, 1]),
         })
     return settings
 
@@ -673,13 +673,14 @@ def search(images: Tensor, labels: Tensor, draws: int = 20, epochs: int = 3,
        classes or copies is refused, unless all do.
 
     `images` (n, 1, 28, 28) and labels (n,) are training images, which `seed` splits.
-    Started again, it goes on from the results in the folder `out`.
+    Started again, it goes on from the results in the folder `out`. Delete that after a
+    change of this file.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     parts = split_data(images, labels, seed)
-    data = [len(images), images.double().sum().item(), seed]  # tells data and splits apart
-    shared = {"epochs": epochs, "data": data}
+    fingerprint = [len(images), images.double().sum().item(), seed]  # of data and split
+    shared = {"epochs": epochs, "data": fingerprint}
     with torch.random.fork_rng(devices=[]):  # trainings set the seed of the whole process
         digits, classes = parts["classifier"]
         classifier = train_classifier(harden(digits), classes, seed)
@@ -787,7 +788,7 @@ def search_command(data="data", out="search", draws=20, epochs=3, seed=0) -> Non
         dist.destroy_process_group()
 
 
-def number(kind: type, low: float, high: float):
+def in_range(kind: type, low: float, high: float):
     """A type for argparse: an int or a float from `low` to `high`."""
     def parse(text):
         value = kind(text)
@@ -799,6 +800,7 @@ def number(kind: type, low: float, high: float):
 
 
 def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # some consoles lack 🎉, ±
     argv = sys.argv[1:] if argv is None else argv
     searching = argv[:1] == ["search"]
     # What is not given keeps the default of the function that it is passed to.
@@ -810,25 +812,24 @@ def main(argv: list[str] | None = None) -> None:
         "`autoencoder.py search --help` tells of the search for settings.")
     add = parser.add_argument
     add("--data", help="folder of MNIST, downloaded if it is not there (data)")
-    add("--epochs", type=number(int, 1, 1000), help="passes over the images (10, search: 3)")
+    add("--epochs", type=in_range(int, 1, 1000), help="passes over the images (10, search: 3)")
     add("--seed", type=int, help="random seed (0)")
     if searching:
         add("--out", help="folder for results, from which a search goes on (search)")
-        add("--draws", type=number(int, 2, 1000), help="random settings to try (20)")
+        add("--draws", type=in_range(int, 2, 1000), help="random settings to try (20)")
     else:
-        size = number(int, 1, 800)
+        size = in_range(int, 1, 800)
         add("--pics", help="folder for pictures (pics)")
         add("--device", choices=["cpu", "cuda", "mps"], help="cuda, if there is one, or cpu")
-        add("--lr", type=number(float, 0, 1), help="learning rate of Adam (0.001)")
+        add("--lr", type=in_range(float, 0, 1), help="learning rate of Adam (0.001)")
         add("--encoder-sizes", type=size, nargs="*", metavar="N", help="hidden units (144 288)")
         add("--decoder-sizes", type=size, nargs="*", metavar="N", help="hidden units (288 288)")
         add("--loss", choices=LOSSES, help="reconstruction loss (euclidean)")
-        add("--l1", type=number(float, 0, 1e6), help="weight of the parameters' L1 norm (0)")
-        add("--dropout", type=number(float, 0, 0.99), help="share of units left out (0)")
-        add("--refinements", type=number(int, 0, 9), help="corrections of a code (1)")
+        add("--l1", type=in_range(float, 0, 1e6), help="weight of the parameters' L1 norm (0)")
+        add("--dropout", type=in_range(float, 0, 0.99), help="share of units left out (0)")
+        add("--refinements", type=in_range(int, 0, 9), help="corrections of a code (1)")
 
-    options = vars(parser.parse_args(argv[searching:]))
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # some consoles lack 🎉, ±
+    options = vars(parser.parse_args(argv[1:] if searching else argv))
     # More threads hardly help so small a network, and others may need the cores.
     torch.set_num_threads(min(4, max(1, torch.get_num_threads() // 2)))
     command = search_command if searching else test_work
