@@ -2048,6 +2048,7 @@ def test_answer_other1(measure):
     allowed["box"] = {"abs": 12}
     for method in "one network, trained longer", "one network, wide copies with labels":
         allowed |= {(method, "noise"): {"abs": 15}, (method, "box"): {"abs": 19}}
+    allowed["one network, trained longer", "turned"] = {"abs": 12}  # no sentence draws on it
     check_table("other1_shift", tables["other1_shift"], allowed)
 
     chance, entropy, density, disagreement = tables["other1_rounds"].values()
