@@ -1016,12 +1016,15 @@ def under_way(request, mnist):
 
 
 @pytest.fixture
-def measure(under_way, capfd):
+def measure(under_way, request):
     """Called with an experiment: {table: {row: {column: an array with a value a seed}}}.
 
     What its test prints is seen, and every 20 seconds how many experiments are done.
     """
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
     def wait_for(experiment):
+        capture.suspend_global_capture()  # until the end of the test
         jobs = under_way[experiment]
         everything = [job for jobs in under_way.values() for job in jobs]
         while wait(jobs, timeout=20).not_done:
@@ -1034,9 +1037,7 @@ def measure(under_way, capfd):
                       for column in cells}
                 for row, cells in rows.items()}
             for table, rows in results[0].items()}
-
-    with capfd.disabled():
-        yield wait_for
+    return wait_for
 
 
 def check_table(name, measured, allowed):
