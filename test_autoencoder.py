@@ -1080,7 +1080,7 @@ def claim(text, values, stated):
     """
     mean = np.mean(values)
     spread = f" ± {np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
-    print(f"  claim: {text}: {mean:.3g}{spread} | {stated}")
+    print(f"  claim: {text}: {mean:.3g}{spread} | {stated:.3g}")
     assert mean / stated >= 0.5, f"{text}: {mean:.3g}, stated {stated}"
 
 
