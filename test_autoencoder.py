@@ -2545,6 +2545,7 @@ def test_answer_other3(measure):
         "bits": {"abs": 5}, "right, %": {"abs": 0.6}, "lead": {"rel": 0.2},
         "one flip": {"rel": 0.2}, "flips": {"abs": 1},
         ("independent pixels", "right, %"): {"abs": 1.5},
+        ("deep, with noise", "right, %"): {"abs": 1},
         ("independent pixels", "flips"): {"abs": 1.5},
         ("deep density", "flips"): {"abs": 0.5}})
     check_table("robustness_alarm", alarm, {
