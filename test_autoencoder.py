@@ -1015,6 +1015,13 @@ def under_way(request, mnist):
             process.terminate()
 
 
+def over_seeds(results, table):
+    """row → column → an array with a value for each result."""
+    return {row: {column: np.array([result[table][row][column] for result in results])
+                  for column in cells}
+            for row, cells in results[0][table].items()}
+
+
 @pytest.fixture
 def measure(under_way, request):
     """Called with an experiment: {table: {row: {column: an array with a value a seed}}}.
@@ -1031,12 +1038,7 @@ def measure(under_way, request):
             done = sum(job.done() for job in everything)
             print(f"\n  {done} of {len(everything)} experiments done", end="", flush=True)
         results = [job.result() for job in jobs]
-        return {
-            table: {
-                row: {column: np.array([result[table][row][column] for result in results])
-                      for column in cells}
-                for row, cells in rows.items()}
-            for table, rows in results[0].items()}
+        return {table: over_seeds(results, table) for table in results[0]}
     return wait_for
 
 
@@ -1345,13 +1347,6 @@ def draw_autoencoder1(path):
         text = f"{name}\ndistance {distance:.2f}"
         ImageDraw.Draw(sheet).text((4, 60 * place + 4), text, 255, font, spacing=4)
     sheet.save(path)
-
-
-def over_seeds(results, table):
-    """row → column → an array with a value for each result."""
-    return {row: {column: np.array([result[table][row][column] for result in results])
-                  for column in cells}
-            for row, cells in results[0][table].items()}
 
 
 def check_effects(settings, distances):
