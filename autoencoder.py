@@ -1,4 +1,5 @@
-"""An autoencoder for MNIST in six linear layers, 784 → 144 → 288 → 20 → 288 → 288 → 784.
+"""An autoencoder for MNIST in six linear layers, 784 → 144 → 288 → 20 → 288 → 288 → 784,
+each used twice: see AutoEncoder.encode.
 
     python autoencoder.py           train it, save pictures, check it, print Success!
     python autoencoder.py search    choose its settings by how natural its digits are
@@ -191,7 +192,8 @@ MERGE = 4      # of the loader's batches make one step
 PEAK = 12      # the learning rate rises to so many times the optimizer's, and falls to 0
 WARM_UP = 0.3  # share of the steps in which it rises
 
-FUSED = torch.__version__ >= "2.4"  # Adam in one pass over the parameters, also on a CPU
+# Adam in one pass over the parameters, also on a CPU. Torch compares versions, not texts.
+FUSED = torch.__version__ >= "2.4"
 
 
 def merged_batches(loader: DataLoader, merge: int):
@@ -367,7 +369,7 @@ def pca_error(train_images: Tensor, test_images: Tensor, size: int) -> float:
 
 
 def test_work(data="data", pics="pics", epochs=10, seed=0, lr=1e-3, device=None, **settings):
-    """The provided test: train an AutoEncoder of these `settings`, and print Success!🎉.
+    """The task's test function: train an AutoEncoder of these `settings`, print Success!🎉.
 
     The model has to keep the task's limits, and to beat the best linear code of its size
     on the test images. If not, an AssertionError says what failed. `device` is a GPU, if
