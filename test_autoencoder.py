@@ -13,7 +13,6 @@ SEEDS=0-19 measures the answers with the seeds that they state, SEEDS=20-24 with
 PICTURES=folder draws their pictures.
 """
 
-import contextlib
 import copy
 import math
 import multiprocessing
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
@@ -48,6 +46,7 @@ DATA = HERE / "data"
 
 torch.set_num_threads(1)  # which suits small networks, and processes beside each other
 DIGITS = ae.Data(*ae.draw_digits(2000, seed=1), *ae.draw_digits(500, seed=2), "drawn digits")
+LOADER = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)  # always in the same order
 SMALL = {"encoder_sizes": (32,), "decoder_sizes": (32,)}
 
 
@@ -70,33 +69,18 @@ def mnist():
 
 @pytest.mark.parametrize("settings", [
     {},
-    {"refinements": 0},
     {"encoder_sizes": (), "decoder_sizes": ()},
     {"encoder_sizes": (800,), "decoder_sizes": (800, 800), "dropout": 0.5, "refinements": 2},
 ])
 def test_model_passes_the_published_check(settings):
     model = ae.AutoEncoder(inp_size=784, hid_size=20, **settings)
-    x = torch.randn(1, 784)
-    h = model.encode(x)
-    recon_x = model.decode(h)
-    assert h.dim() == 2 and h.size(1) == 20
-    assert recon_x.dim() == 2 and recon_x.size(1) == 784
-
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    layers = {name.split(".")[0] for name in trainable}
+    h = model.encode(torch.randn(1, 784))
+    assert h.shape == (1, 20) and model.decode(h).shape == (1, 784)
+    layers = {name.split(".")[0] for name, _ in model.named_parameters()}
     assert len(layers) <= 6
+    assert all(type(getattr(model, layer)) is nn.Linear for layer in layers)
     assert all(size <= 800 for p in model.parameters() for size in p.shape)
-    children = dict(model.named_children())
-    for layer in layers:
-        assert type(children[layer]) is nn.Linear
     ae.check_limits(model)
-
-
-def test_arguments_are_positional_and_forward_decodes_what_it_encodes():
-    model = ae.AutoEncoder(30, 4)
-    x = torch.rand(5, 30)
-    assert model.encode(x).shape == (5, 4)
-    assert torch.equal(model(x), model.decode(model.encode(x)))
 
 
 def test_loss_is_the_objective():
@@ -123,9 +107,9 @@ def test_train_runs_ten_epochs_prints_and_saves_pictures(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = ae.AutoEncoder(784, 20, **SMALL)
-    loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    assert ae.train(model, optimizer, loader, loader) is model
+    test_loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=5)
+    assert ae.train(model, optimizer, LOADER, test_loader) is model
     _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     losses = []
@@ -135,13 +119,17 @@ def test_train_runs_ten_epochs_prints_and_saves_pictures(tmp_path, monkeypatch, 
         assert Path(f"pics/reconstruction_{epoch}.png").is_file()
     assert losses[-1] < 0.8 * losses[0]
 
+    # The first eight test images above their reconstructions, without the frames:
+    picture = np.array(Image.open("pics/reconstruction_10.png"))[:, :, 0] / 255
+    tiles = picture[2:, 2:].reshape(2, 30, 8, 30)[:, :28, :, :28]
+    shown = DIGITS.test_images[:8].flatten(1)
+    expected = torch.stack([shown, model(shown).detach()]).view(2, 8, 28, 28)
+    assert np.abs(tiles - expected.transpose(1, 2).numpy()).max() < 0.005
+
 
 def test_success_is_the_last_line_below_right_figures(tmp_path, monkeypatch, capsys):
-    def counted(train_x, test_x, size):
-        return len(train_x) / len(test_x) / size
-
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS)
-    monkeypatch.setattr(ae, "pca_error", counted)
+    monkeypatch.setattr(ae, "pca_error", lambda a, b, size: len(a) / len(b) / size)
     model = ae.test_work(pics=tmp_path, epochs=1, lr=0.0005, device="cpu")
     first, *_, errors, _, last = capsys.readouterr().out.splitlines()
     assert "4 batches" in first and "12 times" in first  # it trains by the fast recipe
@@ -150,75 +138,46 @@ def test_success_is_the_last_line_below_right_figures(tmp_path, monkeypatch, cap
     error = float(re.search(r"\(drawn digits\): ([\d.]+)", errors)[1])
     assert error == pytest.approx((model(x) - x).square().mean().item(), abs=1e-5)
     assert sorted(os.listdir(tmp_path)) == ["generated.png", "reconstruction_1.png"]
-    assert Image.open(tmp_path / "generated.png").size == (10 * 30 + 2, 10 * 30 + 2)
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("AutoEncoder", None, "Error during model creation"),
-    ("train", None, "Error during training"),
+@pytest.mark.parametrize("name, message", [
+    ("AutoEncoder", "Error during model creation"),
+    ("train", "Error during training"),
 ])
-def test_a_fault_is_announced_and_seen(tmp_path, monkeypatch, capsys, name, value, message):
+def test_a_fault_is_announced_and_seen(tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS)
-    monkeypatch.setattr(ae, name, value)
+    monkeypatch.setattr(ae, name, None)
     with pytest.raises(TypeError, match="not callable"):
         ae.test_work(pics=tmp_path, device="cpu")
     out = capsys.readouterr().out
     assert message in out and "Success" not in out
 
 
-@pytest.mark.parametrize("error, pictures", [(0.05, True), (0.01, False)])
-def test_success_needs_a_lower_error_than_pca_and_all_pictures(
-        tmp_path, monkeypatch, capsys, error, pictures):
+def test_success_needs_a_lower_error_than_pca(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS)
-    monkeypatch.setattr(ae, "evaluate", lambda model, loader: (1.0, error))
+    monkeypatch.setattr(ae, "evaluate", lambda model, loader: (1.0, 0.05))
     monkeypatch.setattr(ae, "pca_error", lambda train_x, test_x, size: 0.05)
-    if not pictures:
-        (tmp_path / "generated.png").mkdir()  # it is in the way
-    with pytest.raises(AssertionError if pictures else OSError):
+    with pytest.raises(AssertionError, match="does not beat"):
         ae.test_work(pics=tmp_path, epochs=1, device="cpu", **SMALL)
     assert "Success" not in capsys.readouterr().out
 
 
-class Broken(ae.AutoEncoder):
-    """A model that breaks one limit of the task."""
-
-    def __init__(self, inp_size, hid_size, fault):
-        super().__init__(inp_size, hid_size, (32,), (32,), refinements=0)
-        self.fault = fault
-        if fault == "deep":
-            self.more1, self.more2, self.more3 = (nn.Linear(2, 2) for _ in range(3))
-        if fault == "wide":
-            self.more = nn.Linear(2, 801)
-        if fault == "nested":
-            self.more = nn.Sequential(nn.Linear(2, 2))
-        if fault == "convolution":
-            self.more = nn.Conv2d(1, 1, 3)
-        if fault == "bare":
-            self.more = nn.Parameter(torch.ones(2))
-
-    def encode(self, x):
-        h = super().encode(x)
-        return h[:, :19] if self.fault == "code" else h
-
-    def decode(self, h):
-        if self.fault == "code":
-            return torch.zeros(1, 784)
-        y = super().decode(h)
-        return y.unsqueeze(1) if self.fault == "image" else y
+def model_with(module):
+    model = ae.AutoEncoder(784, 20, **SMALL)
+    model.more = module
+    return model
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("code", r"\(1, 19\), not \(1, 20\)"),
-    ("image", r"\(1, 1, 784\), not \(1, 784\)"),
-    ("deep", "7 layers"),
-    ("wide", "more.weight has a dimension above 800"),
-    ("nested", r"more\.0.weight does not belong to an nn.Linear child"),
-    ("convolution", "more.weight does not belong to an nn.Linear"),
-    ("bare", "more does not belong to an nn.Linear"),
+@pytest.mark.parametrize("model, message", [
+    (ae.AutoEncoder(784, 19), r"\(1, 19\), not \(1, 20\)"),
+    (ae.AutoEncoder(784, 20, encoder_sizes=(32, 32, 32)), "7 layers"),
+    (model_with(nn.Linear(2, 801)), "more.weight has a dimension above 800"),
+    (model_with(nn.Sequential(nn.Linear(2, 2))), r"more\.0.weight does not belong"),
+    (model_with(nn.Conv2d(1, 1, 3)), "more.weight does not belong"),
 ])
-def test_a_model_that_breaks_a_limit_is_not_even_trained(monkeypatch, fault, message):
+def test_a_model_that_breaks_a_limit_is_not_even_trained(monkeypatch, model, message):
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS)
-    monkeypatch.setattr(ae, "AutoEncoder", lambda **sizes: Broken(**sizes, fault=fault))
+    monkeypatch.setattr(ae, "AutoEncoder", lambda **sizes: model)
     monkeypatch.setattr(ae, "train", lambda *arguments: pytest.fail("it was trained"))
     with pytest.raises(AssertionError, match=message):
         ae.test_work(device="cpu")
@@ -233,18 +192,16 @@ def test_autoencoder_learns_in_a_foreign_loop_with_a_foreign_loader():
     loader = DataLoader(dataset, batch_size=32, shuffle=True)
     model = ae.AutoEncoder(784, 20)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    averages = []
+    totals = [0.0, 0.0, 0.0]
     for epoch in range(3):
-        total = 0.0
         for images, labels in loader:
             x = images.view(images.size(0), -1)
             loss = model.loss_function(model(x), x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item()
-        averages.append(total / len(dataset))
-    assert averages[-1] < 0.8 * averages[0]
+            totals[epoch] += loss.item()
+    assert totals[-1] < 0.8 * totals[0]
 
 
 class TutorialModel(nn.Sequential):
@@ -285,12 +242,10 @@ def test_answer_the_script_reaches_its_error_on_mnist(tmp_path, mnist, under_way
 
 # ---- The model ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings, refinements", [
-    ({}, 1), ({"refinements": 0}, 0), ({"refinements": 2}, 2)])
-def test_reconstruction_is_its_formula(settings, refinements):
+def test_reconstruction_is_its_formula():
     """Six layers written out, SiLU as x / (1 + exp(−x)), in the order that `print` shows."""
     torch.manual_seed(0)
-    model = ae.AutoEncoder(784, 20, **settings)
+    model = ae.AutoEncoder(784, 20)
     layers = list(model.children())
     assert [layer.in_features for layer in layers] == [784, 144, 288, 20, 288, 288]
     assert [layer.out_features for layer in layers] == [144, 288, 20, 288, 288, 784]
@@ -306,35 +261,10 @@ def test_reconstruction_is_its_formula(settings, refinements):
 
     x = torch.rand(5, 784)
     h = encoder(x)
-    for _ in range(refinements):
-        h = h + encoder(x) - encoder(decoder(h))
-    torch.testing.assert_close(model.encode(x), h)
+    refined = h + encoder(x) - encoder(decoder(h))
+    torch.testing.assert_close(model(x), decoder(refined))
+    model.refinements = 0
     torch.testing.assert_close(model(x), decoder(h))
-
-
-def test_a_layer_that_is_used_twice_is_used_twice():
-    twice = ae.AutoEncoder(32, 32, (32, 32), (), refinements=0)
-    twice.encoder2 = twice.encoder1
-    x = torch.rand(5, 32)
-    hidden = F.silu(twice.encoder1(F.silu(twice.encoder1(x))))
-    torch.testing.assert_close(twice.encode(x), twice.encoder3(hidden))
-
-
-def test_dropout_leaves_out_hidden_units_in_training_only():
-    torch.manual_seed(0)
-    model = ae.AutoEncoder(784, 20, (400,), (), dropout=0.25, refinements=0)
-    with torch.no_grad():
-        model.encoder1.weight.zero_()
-        model.encoder1.bias.fill_(1.0)  # each hidden unit is silu(1)
-        model.encoder2.weight.fill_(1.0)
-        model.encoder2.bias.zero_()
-    x = torch.rand(2000, 784)
-    one = F.silu(torch.tensor(1.0)).item()
-    kept = model.encode(x).detach()[:, 0] / (one / 0.75)  # of 400 units
-    assert kept.mean() == pytest.approx(300, abs=2)
-    assert kept.std() == pytest.approx(75 ** 0.5, rel=0.1)  # of a binomial distribution
-    model.eval()
-    assert model.encode(x)[:, 0].tolist() == pytest.approx([400 * one] * 2000, rel=1e-4)
 
 
 @pytest.mark.parametrize("name, formula", [
@@ -355,97 +285,61 @@ def test_each_loss_is_its_formula(name, formula):
 # ---- Training ----------------------------------------------------------------------------
 
 def test_train_does_what_it_is_told(tmp_path, monkeypatch):
-    """By default it is the plain loop, at the rate that the caller's own schedule sets."""
+    """By default it is the plain loop, at the optimizer's own rate."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = ae.AutoEncoder(784, 20, **SMALL, loss="cross-entropy")
     plain = copy.deepcopy(model)
-    loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)
-    results = []
-    for trained in (model, plain):
-        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-5)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
-        optimizer.register_step_post_hook(lambda *_: schedule.step())
-        if trained is model:
-            ae.train(model, optimizer, loader, None, epochs=2)
-        else:
-            for images, _ in [*loader, *loader]:
-                optimizer.zero_grad()
-                x = images.flatten(1)
-                plain.loss_function(plain(x), x).backward()
-                optimizer.step()
-        results.append(optimizer.param_groups[0]["lr"])
-    assert results[0] == results[1] < 1e-6
+    ae.train(model, torch.optim.SGD(model.parameters(), lr=1e-5), LOADER, None, epochs=2)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-5)
+    for images, _ in [*LOADER, *LOADER]:
+        x = images.flatten(1)
+        optimizer.zero_grad()
+        plain.loss_function(plain(x), x).backward()
+        optimizer.step()
     for left, right in zip(model.parameters(), plain.parameters()):
         torch.testing.assert_close(left, right)
     assert os.listdir(tmp_path) == []  # without a test loader it saves nothing
+    assert not model.training  # afterwards
 
 
 def test_the_fast_recipe_joins_batches_and_goes_through_one_cycle():
     rates, sizes = [], []
     model = ae.AutoEncoder(784, 20, **SMALL)
-    first, *others = model.parameters()
-    optimizer = torch.optim.SGD([{"params": [first], "lr": 3e-5}, {"params": others}],
-                                lr=1e-5, momentum=0.9)
-    optimizer.register_step_pre_hook(
-        lambda *_: rates.append([group["lr"] for group in optimizer.param_groups]))
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)  # 10 batches, 3 steps
-    ae.train(model, optimizer, loader, None, epochs=7, fast=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+    [group] = optimizer.param_groups
+    optimizer.register_step_pre_hook(lambda *_: rates.append(group["lr"]))
+    ae.train(model, optimizer, LOADER, None, epochs=7, fast=True)  # 10 batches, 3 steps
     assert sizes == 7 * [200, 200, 100]
     cycle = np.interp(np.arange(22), [0, 0.3 * 22 - 1, 21], [12 / 25, 12, 12 / 25e4])
-    assert np.array(rates) == pytest.approx(cycle[:21, None] * [3e-5, 1e-5])
-    assert 0 < optimizer.param_groups[1]["lr"] < 1e-9  # afterwards
-    assert optimizer.param_groups[1]["momentum"] == 0.9
+    assert rates == pytest.approx(1e-5 * cycle[:21])
+    assert 0 < group["lr"] < 1e-9 and group["momentum"] == 0.9  # afterwards
 
 
 def test_losses_are_averages_per_image(tmp_path, capsys):
-    """Also where the last batch is smaller; in training they are those before each step."""
+    """Also where the last batch is smaller. Dropout changes them in training only."""
     torch.manual_seed(0)
-    model = ae.AutoEncoder(784, 20, **SMALL, loss="squared", dropout=0.5)
+    model = ae.AutoEncoder(784, 20, **SMALL, loss="squared")
     images = torch.cat([DIGITS.test_images[:50], torch.zeros(30, 1, 28, 28)])
     loader = DataLoader(TensorDataset(images, DIGITS.test_labels[:80]), batch_size=50)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    ae.train(model, optimizer, loader, loader, epochs=1, pics=tmp_path)
-    *_, line = capsys.readouterr().out.splitlines()
-    train_loss, test_loss = map(float, re.findall(r"loss ([\d.]+)", line))
     x = images.flatten(1)
-    squares = (model(x) - x).square().sum(dim=1)
-    assert test_loss == pytest.approx(squares.mean().item(), abs=1e-4)
-    loss, error = ae.evaluate(model, loader)
-    assert loss == pytest.approx(squares.mean().item(), rel=1e-5)
-    assert error == pytest.approx(squares.mean().item() / 784, rel=1e-5)
-    assert train_loss != pytest.approx(test_loss, rel=1e-4)  # with dropout
-    model.dropout = 0.0
-    assert not ae.train(model, optimizer, loader, loader, epochs=1, pics=tmp_path).training
-    train_loss, test_loss = re.findall(r"loss ([\d.]+)", capsys.readouterr().out)
-    assert float(train_loss) == pytest.approx(float(test_loss), abs=2e-4)
-
-
-@pytest.mark.parametrize("batch_size", [50, 1])
-def test_pictures_show_the_first_eight_test_images_above_their_reconstructions(
-        tmp_path, batch_size):
-    model = ae.AutoEncoder(784, 20, **SMALL)
+    average = (model(x) - x).square().sum(dim=1).mean().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=batch_size)
     ae.train(model, optimizer, loader, loader, epochs=1, pics=tmp_path)
-    picture = np.array(Image.open(tmp_path / "reconstruction_1.png"))[:, :, 0] / 255
-    assert picture.shape == (2 * 30 + 2, 8 * 30 + 2)
-    shown = DIGITS.test_images[:8]
-    made = model(shown.flatten(1)).detach().view(shown.shape)
-    for row, images in enumerate([shown, made]):
-        for column, image in enumerate(images):
-            top, left = 2 + 30 * row, 2 + 30 * column
-            part = picture[top:top + 28, left:left + 28]
-            assert np.abs(part - image[0].numpy()).max() < 0.005
+    printed = re.findall(r"loss ([\d.]+)", capsys.readouterr().out)
+    assert [float(loss) for loss in printed] == pytest.approx([average, average], abs=2e-4)
+    model.dropout = 0.5
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    assert ae.evaluate(model, loader) == pytest.approx((average, average / 784), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
     model = ae.AutoEncoder(784, 20, loss="cross-entropy")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
-    loader = DataLoader(TensorDataset(*DIGITS[2:4]), batch_size=50)
     with pytest.raises(FloatingPointError, match="epoch 1.*lower the learning rate"):
-        ae.train(model, optimizer, loader, None, epochs=2)
+        ae.train(model, optimizer, LOADER, None, epochs=2)
 
 
 def test_pca_error_matches_a_singular_value_decomposition():
@@ -472,146 +366,92 @@ def write_mnist(folder, count):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + sizes[:4] + digits)
 
 
-def test_mnist_is_read_as_whole_tensors(tmp_path):
+def test_mnist_is_read_as_whole_tensors_unless_it_is_damaged(tmp_path, monkeypatch, capsys):
     write_mnist(tmp_path, count=12)
-    data = ae.load_data(tmp_path)
     images, labels = ae.draw_digits(12, 1)
+    data = ae.load_data(tmp_path)
     assert data.name == "MNIST" and torch.equal(data.train_labels, labels)
     torch.testing.assert_close(data.train_images, images, atol=1 / 255, rtol=0)
     assert torch.equal(data.test_labels, ae.draw_digits(12, 2)[1])
+    monkeypatch.setattr(ae, "draw_digits", lambda count, seed: (images, labels))
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    for length in (9423, 0):  # of 9424 bytes
+        path.write_bytes(path.read_bytes()[:length])
+        assert ae.load_data(tmp_path).name == "drawn digits"
+        assert f"delete {tmp_path / 'MNIST'}" in capsys.readouterr().out
 
 
-def says_nothing(connection):
-    time.sleep(5)
-
-
-def says_half(connection):
-    connection.recv(1000)
-    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 9912422\r\n\r\nhalf")
-
-
-@pytest.mark.parametrize("behaviour", ["refuses", says_nothing, says_half])
-def test_without_a_usable_network_digits_are_drawn_and_a_line_says_so(
-        tmp_path, monkeypatch, capsys, behaviour):
-    def serve():
-        with contextlib.suppress(OSError):  # when the test is over
-            while True:
-                connection, _ = server.accept()
-                with connection:
-                    behaviour(connection)
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if behaviour != "refuses":
-            server.listen()
-            threading.Thread(target=serve, daemon=True).start()
-        monkeypatch.setattr(ae, "TIMEOUT", 0.2)
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.getsockname()[1]}/"])
-        monkeypatch.setattr(ae, "draw_digits", lambda count, seed: (count, seed))
-        before = socket.getdefaulttimeout()
+def test_where_a_server_is_silent_digits_are_drawn_and_a_line_says_so(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ae, "TIMEOUT", 0.2)
+    monkeypatch.setattr(ae, "draw_digits", lambda count, seed: (count, seed))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
         data = ae.load_data(tmp_path / "new" / "folder")
     assert data == (60_000, 0, 10_000, 1, "drawn digits")
     out = capsys.readouterr().out
     assert "Drawn digits take its place" in out and str(tmp_path) in out
-    assert socket.getdefaulttimeout() == before
-
-
-@pytest.mark.parametrize("length", [9423, 0])  # of 9424 bytes
-def test_damaged_files_are_not_taken_for_mnist(tmp_path, monkeypatch, capsys, length):
-    write_mnist(tmp_path, count=12)
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:length])
-    monkeypatch.setattr(ae, "draw_digits", lambda count, seed: DIGITS[:2])
-    assert ae.load_data(tmp_path).name == "drawn digits"
-    assert f"delete {tmp_path / 'MNIST'}" in capsys.readouterr().out
-
-
-def test_drawn_digits_are_bright_on_dark_and_told_apart_by_their_labels():
-    images, labels = DIGITS[:2]
-    assert images.shape == (2000, 1, 28, 28) and images.min() == 0 and images.max() <= 1
-    assert images[:, :, 0].mean() < 0.01 < images.mean() < 0.3
-    assert labels.unique().tolist() == list(range(10))
-    means = torch.stack([images[labels == digit].mean(dim=0) for digit in range(10)])
-    nearest = torch.cdist(DIGITS.test_images.flatten(1), means.flatten(1)).argmin(dim=1)
-    assert (nearest == DIGITS.test_labels).float().mean() > 0.6
-    assert torch.equal(ae.draw_digits(50, 1)[0], ae.draw_digits(50, 1)[0])
-    assert not torch.equal(ae.draw_digits(50, 1)[0], ae.draw_digits(50, 2)[0])
+    assert socket.getdefaulttimeout() is None  # as before
 
 
 def test_a_loader_gives_each_image_once_with_its_label_in_a_new_order():
     images, labels = torch.arange(120.0).view(-1, 1, 1, 1), torch.arange(120)
     loader = ae.make_loader(images, labels, batch_size=50, seed=0)
-    epochs = [list(loader), list(loader)]
     orders = []
-    for batches in epochs:
-        assert [len(x) for x, _ in batches] == [50, 50, 20] and len(loader) == 3
-        order = torch.cat([y for _, y in batches])
-        assert torch.equal(torch.cat([x for x, _ in batches]).flatten(), order.float())
-        assert order.sort().values.tolist() == list(range(120))
-        orders.append(order)
+    for _ in range(2):
+        x, y = zip(*loader)
+        assert [len(batch) for batch in x] == [50, 50, 20] and len(loader) == 3
+        assert torch.equal(torch.cat(x).flatten(), torch.cat(y).float())
+        assert torch.cat(y).sort().values.tolist() == list(range(120))
+        orders.append(torch.cat(y))
     assert not torch.equal(*orders)
-    again = torch.cat([y for _, y in ae.make_loader(images, labels, 50, seed=0)])
-    assert torch.equal(again, orders[0])
 
 
 # ---- Generation, and how natural it is ---------------------------------------------------
 
-class Identity(nn.Module):
-    """A model whose codes are its images."""
+class Identity(nn.Linear):
+    """A model whose codes are its images. Its parameters are not used."""
 
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros((), dtype=dtype))
-
-    def encode(self, x):
-        return x
-
-    def decode(self, h):
-        return h
+    def __init__(self):
+        super().__init__(1, 1)
 
     def forward(self, x):
         return x
 
+    encode = decode = forward
 
-def test_frechet_distance_is_that_of_the_formula():
-    """For diagonal covariances: Σ (μ_a − μ_b)² + (σ_a − σ_b)²; and it forgets rotations."""
+
+def test_frechet_distance_is_its_formula():
     torch.manual_seed(0)
-    a, b = torch.randn(2, 4000, 5, dtype=torch.float64)
-    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
-    b = (b - b.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(b.T))).T
-    a, b = 2 * a, b * torch.tensor([1.0, 2, 3, 4, 5]) + 0.5
-    expected = 5 * 0.25 + 1 + 0 + 1 + 4 + 9
-    assert ae.frechet_distance(a, b) == pytest.approx(expected)
-    rotation, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
-    assert ae.frechet_distance(a @ rotation, b @ rotation) == pytest.approx(expected)
+    a = torch.randn(400, 5) @ torch.randn(5, 5) + 1
+    b = torch.randn(300, 5) @ torch.randn(5, 5)
+    shift = (a.mean(0) - b.mean(0)).square().sum().item()
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    cross = np.sqrt(np.linalg.eigvals(cov_a @ cov_b)).sum()
+    expected = shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    assert ae.frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_density_and_generator_give_back_two_clouds(dtype):
+def test_density_and_generator_give_back_two_clouds():
     torch.manual_seed(0)
     mix = torch.tensor([[1.0, 0.5], [0.0, 0.3]])
     clouds = torch.randn(4000, 2) @ mix
     clouds[:1000] += 12
-    clouds = clouds[torch.randperm(4000)].to(dtype)
-    density = ae.fit_density(Identity(dtype), clouds, components=2)
-    assert sorted(density.weights.tolist()) == pytest.approx([0.25, 0.75])
-    generated = ae.generate(Identity(dtype), density, 8000, seed=1)
-    assert generated.dtype == dtype
-    near, far = (generated[(generated.mean(1) > 6) == side] for side in (False, True))
+    clouds = clouds[torch.randperm(4000)]
+    density = ae.fit_density(Identity(), clouds, components=2)
+    generated = ae.generate(Identity(), density, 8000, seed=1)
+    is_far = generated.mean(1) > 6
+    near, far = generated[~is_far], generated[is_far]
     assert (len(near), len(far)) == (6000, 2000)  # exact shares
-    torch.testing.assert_close(far.mean(0), clouds[clouds.mean(1) > 6].mean(0), atol=0.02, rtol=0)
-    torch.testing.assert_close(torch.cov(near.T), (mix.T @ mix).to(dtype), atol=0.06, rtol=0)
-    assert 0.2 < (generated[:1000].mean(1) > 6).double().mean() < 0.3  # in random order
-    assert torch.equal(generated, ae.generate(Identity(dtype), density, 8000, seed=1))
-    assert not torch.equal(generated, ae.generate(Identity(dtype), density, 8000, seed=2))
+    assert 0.2 < is_far[:1000].double().mean() < 0.3  # in random order
+    middle = clouds[clouds.mean(1) > 6].mean(0)
+    torch.testing.assert_close(far.mean(0), middle, atol=0.02, rtol=0)
+    torch.testing.assert_close(torch.cov(near.T), mix.T @ mix, atol=0.06, rtol=0)
     exact = density.weights @ density.means  # since normal vectors come in pairs
     torch.testing.assert_close(generated.mean(0).double(), exact, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("codes", [torch.rand(5, 2), torch.eye(2).repeat(150, 1)])
-def test_density_of_few_or_repeated_codes(codes):
-    generated = ae.generate(Identity(), ae.fit_density(Identity(), codes), 1000)
-    assert torch.cdist(generated, codes).amin(dim=1).max() < 0.2
+    assert torch.equal(generated, ae.generate(Identity(), density, 8000, seed=1))
+    assert not torch.equal(generated, ae.generate(Identity(), density, 8000, seed=2))
 
 
 def test_harden_is_its_formula():
@@ -621,59 +461,44 @@ def test_harden_is_its_formula():
     assert ae.harden(torch.zeros(1, 784)).max() < 0.01
 
 
-def test_guards_see_a_missing_class_and_copies():
+def test_class_balance_sees_missing_and_rare_classes():
     classes = torch.arange(1000) % 10
     assert ae.class_balance(classes, classes) == 1
     assert ae.class_balance(classes[classes != 4], classes) == 0
     rare = torch.cat([classes, classes[classes != 4]])  # 100 fours of 1,900
     assert ae.class_balance(rare, classes) == pytest.approx(10 / 19)
-    torch.manual_seed(0)
-    seen, held_out, new = torch.rand(3, 600, 784)
-    assert ae.copy_ratio(Identity(), seen.flip(0), held_out, seen) == 0
-    assert ae.copy_ratio(Identity(), new, held_out, seen) == pytest.approx(1, abs=0.02)
-    assert ae.copy_ratio(Identity(), 2 * new, held_out, seen) > 1.5
-    medians = [torch.tensor(x)[:, None] for x in ([1.0, 1, 9], [2.0, 2, 2], [0.0])]
-    assert ae.copy_ratio(Identity(), *medians) == 0.5
+
+
+def test_copy_ratio_is_its_formula_on_reconstructions():
     model = ae.AutoEncoder(784, 20, **SMALL)
-    decoded = [model(x).detach() for x in (new, held_out, seen)]
-    assert ae.copy_ratio(model, new, held_out, seen) == pytest.approx(
-        ae.copy_ratio(Identity(), *decoded))
+    seen, new, held_out = torch.rand(3, 500, 784)
+    nearest = torch.cdist(model(new), model(seen)).amin(dim=1).median()
+    usual = torch.cdist(model(held_out), model(seen)).amin(dim=1).median()
+    ratio = ae.copy_ratio(model, new, held_out, seen)
+    assert ratio == pytest.approx((nearest / usual).item(), rel=1e-3)
+    assert ae.copy_ratio(model, seen.flip(0), held_out, seen) < 0.1  # copies
 
 
-@pytest.mark.parametrize("balance, novelty, passed", [
-    (0.5, 0.85, True), (0.49, 1.0, False), (0.8, 0.84, False)])
-def test_limits_of_the_guards(balance, novelty, passed):
-    assert ae.passes({"balance": balance, "novelty": novelty}) == passed
+def test_judge_is_its_formulas():
+    """Features are hidden units for hardened digits, and each set of them has length 10."""
+    seen, real = DIGITS.train_images.flatten(1), DIGITS.test_images.flatten(1)
+    classifier = ae.train_classifier(ae.harden(seen), DIGITS.train_labels, epochs=3)
 
+    def describe(images):
+        hidden = classifier.hidden(ae.harden(images)).detach()
+        return 10 * hidden / hidden.norm(dim=1, keepdim=True), classifier.out(hidden).argmax(1)
 
-def test_features_have_one_length_and_do_not_depend_on_brightness():
-    classifier = ae.train_classifier(ae.harden(DIGITS[0].flatten(1)), DIGITS[1], epochs=3)
-    x = DIGITS.test_images.flatten(1)
-    features, classes = ae.describe(classifier, x)
-    assert (classes == DIGITS.test_labels).float().mean() > 0.8
-    assert features.norm(dim=1).tolist() == pytest.approx([10] * len(x), rel=1e-4)
-    torch.testing.assert_close(ae.describe(classifier, 0.5 * x)[0], features, atol=1e-3, rtol=0)
-    assert not torch.allclose(ae.describe(classifier, x.flip(1))[0], features, atol=1)
-    with torch.no_grad():
-        logits = classifier(ae.harden(x))
-    assert torch.equal(logits.argmax(1), classes)
-
-
-def test_judge_compares_what_is_generated_with_what_is_held_out(monkeypatch):
-    made = {}
-    monkeypatch.setattr(ae, "frechet_distance", lambda a, b: (a.sum() - b.sum()).item())
-    monkeypatch.setattr(ae, "describe", lambda _, x: (x.sum(1), made.setdefault(len(x), x)))
-    monkeypatch.setattr(ae, "class_balance", lambda a, b: (len(a), len(b)))
-    model, seen, real = ae.AutoEncoder(784, 20, **SMALL), DIGITS[0][:500], DIGITS[2]
-    scores = ae.judge(model, seen.flatten(1), real.flatten(1), None, seed=3)
-    assert scores["balance"] == (20_000, 500)
-    density = ae.fit_density(model, seen.flatten(1))
-    generated = ae.generate(model, density, 20_000, seed=3)
-    assert torch.equal(made[20_000], generated)
-    assert scores["distance"] == pytest.approx(generated.sum().item() - real.sum().item())
-    x = real.flatten(1)
-    assert scores["error"] == pytest.approx((model(x) - x).square().mean().item())
-    assert scores["novelty"] == ae.copy_ratio(model, generated, x, seen.flatten(1))
+    model = ae.AutoEncoder(784, 20, **SMALL)
+    generated = ae.generate(model, ae.fit_density(model, seen), 20_000, seed=3)
+    features, classes = describe(generated)
+    real_features, real_classes = describe(real)
+    assert (real_classes == DIGITS.test_labels).double().mean() > 0.8
+    assert ae.judge(model, seen, real, classifier, seed=3) == pytest.approx({
+        "distance": ae.frechet_distance(features, real_features),
+        "balance": ae.class_balance(classes, real_classes),
+        "novelty": ae.copy_ratio(model, generated, real, seen),
+        "error": (model(real) - real).square().mean().item(),
+    }, rel=1e-4)
 
 
 # ---- The search --------------------------------------------------------------------------
@@ -688,14 +513,17 @@ def test_parts_of_the_data_are_disjoint_and_mixed():
         assert abs(y.double().mean() - 600) < 120
     together = torch.cat([y for _, y in parts.values()])
     assert together.sort().values.tolist() == list(range(1200))
-    other = ae.split_data(images, labels, seed=1)
-    assert not torch.equal(parts["confirm"][1], other["confirm"][1])
+
+
+def model_of(setting):
+    return ae.AutoEncoder(784, 20, **{name: setting[name] for name in setting if name != "lr"})
 
 
 def test_random_settings_are_as_described_and_no_two_train_the_same():
-    for seed in range(50):
+    for seed in range(20):
         draws = ae.draw_settings(20, seed)
         assert draws == ae.draw_settings(20, seed) != ae.draw_settings(20, seed + 1)
+        assert len({tuple(draw.values()) for draw in draws}) == 20
         losses = [draw["loss"] for draw in draws]
         assert all(losses.count(loss) == 5 for loss in ae.LOSSES)
         depths = [len(draw["encoder_sizes"]) for draw in draws]
@@ -704,14 +532,7 @@ def test_random_settings_are_as_described_and_no_two_train_the_same():
             assert len(draw["encoder_sizes"]) == len(draw["decoder_sizes"])
             assert 0.0003 < draw["lr"] < 0.0033 and draw["l1"] <= 0.01
             assert draw["encoder_sizes"] or draw["dropout"] == 0
-            arguments = {name: draw[name] for name in draw if name != "lr"}
-            ae.check_limits(ae.AutoEncoder(784, 20, **arguments))
-        trained = {tuple(draw.values()) for draw in draws}
-        assert len(trained) == 20
-    draws = sum((ae.draw_settings(20, seed) for seed in range(50)), [])
-    assert 0.4 < np.mean([draw["l1"] == 0 for draw in draws]) < 0.6
-    assert 0.35 < np.mean([draw["dropout"] > 0 for draw in draws]) < 0.45
-    assert np.median([draw["lr"] for draw in draws]) == pytest.approx(0.001, rel=0.15)
+            ae.check_limits(model_of(draw))
 
 
 @pytest.mark.parametrize("count, t", [(2, 12.71), (3, 4.303), (5, 2.776), (99, 2.262)])
@@ -734,108 +555,94 @@ def test_verdicts_follow_from_the_interval_of_paired_differences(shift, spread, 
         assert verdicts == {"other": verdict, "best": "best"}
 
 
-@pytest.fixture
-def pretended(monkeypatch, tmp_path):
-    """A search whose trainings take no time. `score(setting, seed, images)` gives scores;
-    the calls are noted."""
-    def train_setting(setting, images, labels, epochs, seed):
-        torch.manual_seed(seed)
-        arguments = {name: setting[name] for name in setting if name != "lr"}
-        model = ae.AutoEncoder(784, 20, **arguments)
-        model.trained = setting, seed, epochs, len(images)
-        notes.append(model.trained)
-        return model
-
-    def judge(model, seen, real, classifier, seed):
-        setting, trained_seed, *_ = model.trained
-        assert seed == trained_seed and torch.equal(seen, parts["train"][0])
-        judged_by = [name for name, part in parts.items() if torch.equal(part[0], real)]
-        good = {"distance": 1.0, "balance": 0.8, "novelty": 1.0, "error": 0.01}
-        return good | score[0](setting, seed, *judged_by)
-
-    def train_classifier(images, labels, seed):
-        assert seed == 7 and torch.equal(images, ae.harden(parts["classifier"][0]))
-
-    def run(how, images=DIGITS[0], out=tmp_path / "out", **options):
-        notes.clear()
-        score[:] = [how]
-        parts.update(ae.split_data(images, DIGITS[1], seed=7))
-        found = ae.search(images, DIGITS[1], 4, repetitions=3, seed=7, out=out, **options)
-        return found, notes
-
-    parts, score, notes = {}, [], []
-    monkeypatch.setattr(ae, "train_classifier", train_classifier)
-    monkeypatch.setattr(ae, "train_setting", train_setting)
-    monkeypatch.setattr(ae, "judge", judge)
-    return run
+PARTS = ae.split_data(*DIGITS[:2], seed=8)
+DRAWS = ae.draw_settings(4, seed=8)
+SCORES = {"distance": 1.0, "balance": 0.5, "novelty": 0.85, "error": 0.01}  # just not refused
 
 
-def last_draws_are_best(setting, seed, judged_by):
-    """By the images that serve to choose; by the others, those set by hand are."""
-    draws = ae.draw_settings(4, 7)
-    if judged_by == "choose":
-        return {"distance": 9.0 - draws.index(setting)}
-    by_hand = setting in ae.BY_HAND.values()
-    return {"distance": (1 if by_hand else 2) + 0.001 * (seed % 3)}
+def pretend(monkeypatch, folder, score):
+    """A search whose trials take no time: they have SCORES, changed by `score(trial)`. Returns
+    what it finds, and the trials."""
+    def run_trials(trials, parts, classifier, out):
+        done.extend(trials)
+        return [trial | SCORES | score(trial) | {"model": model_of(trial["setting"])}
+                for trial in trials]
+
+    done = []
+    monkeypatch.setattr(ae, "run_trials", run_trials)
+    monkeypatch.setattr(ae, "train_classifier", lambda digits, classes, seed: digits)
+    found = ae.search(*DIGITS[:2], draws=4, repetitions=3, seed=8, out=folder)
+    return found, done
 
 
-def test_search_tries_then_confirms_with_fresh_seeds_and_images(pretended):
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    found, notes = pretended(last_draws_are_best, epochs=2)
-    draws = ae.draw_settings(4, 7)
-    assert [draw["setting"] for draw in found.draws] == draws[::-1]
-    candidates = [draws[3], draws[2], *ae.BY_HAND.values()]
-    tried, confirmed = notes[:4], notes[4:]
-    assert [setting for setting, *_ in tried] == draws and len(confirmed) == 12
-    for setting in candidates:
-        seeds = [seed for trained, seed, *_ in confirmed if trained == setting]
-        assert len(set(seeds)) == 3 and 7 not in seeds
-        assert sorted(seeds) == sorted(seed for _, seed, *_ in confirmed[:3])  # paired
-    assert {(epochs, count) for *_, epochs, count in notes} == {(2, 1336)}
-    names = ["best draw", "second draw", "default", "784-400-20"]
-    assert list(found.candidates) == names and found.winner == "784-400-20"
-    assert [found.verdicts[name] for name in names[:2]] == ["worse", "worse"]
-    assert sorted([found.verdicts[name] for name in names[2:]]) == ["best", "equal"]
-    assert torch.equal(found.seen, ae.split_data(*DIGITS[:2], seed=7)["train"][0])
-    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+def last_draws_are_best(trial):
+    """At first. To confirm, those set by hand are the best, and one draw is undecided."""
+    if trial["judged by"] == "choose":
+        return {"distance": 9.0 - DRAWS.index(trial["setting"])}
+    undecided = (1.0, 1.1, 1.9)[trial["seed"] % 3]
+    distances = {"best draw": 2.0, "second draw": undecided, "default": 1.0, "784-400-20": 1.01}
+    return {"distance": distances[trial["name"]]}
 
 
-def test_what_misses_classes_or_copies_is_refused(pretended, tmp_path):
-    def cheats(setting, seed, judged_by):
-        scores = last_draws_are_best(setting, seed, judged_by)
-        if setting == ae.BY_HAND["784-400-20"] and seed % 3 == 0:  # one training is enough
-            scores |= {"novelty": 0.8}
-        if setting == ae.draw_settings(4, 7)[3]:
-            scores |= {"balance": 0.4}
+def test_search_tries_then_confirms_with_fresh_seeds(monkeypatch, tmp_path):
+    found, trials = pretend(monkeypatch, tmp_path, last_draws_are_best)
+    trained = [(trial["setting"], trial["seed"]) for trial in trials]
+    assert trained[:4] == [(draw, 8) for draw in DRAWS]
+    assert [draw["setting"] for draw in found.draws] == DRAWS[::-1]
+    fresh_seeds = [seed for _, seed in trained[4:7]]
+    assert len({8, *fresh_seeds}) == 4
+    candidates = [DRAWS[3], DRAWS[2], *ae.BY_HAND.values()]
+    assert trained[4:] == [(setting, seed) for setting in candidates for seed in fresh_seeds]
+    assert found.verdicts == {"best draw": "worse", "second draw": "undecided",
+                              "default": "best", "784-400-20": "equal"}
+    assert found.winner == "784-400-20"  # cheaper than the best; both draws are still cheaper
+    assert torch.equal(found.classifier, ae.harden(PARTS["classifier"][0]))
+    assert torch.equal(found.seen, PARTS["train"][0])
+
+
+def test_what_misses_classes_or_copies_is_refused(monkeypatch, tmp_path):
+    def cheats(trial):
+        scores = last_draws_are_best(trial)
+        if trial["name"] == "784-400-20" and trial["seed"] % 3 == 0:
+            scores["novelty"] = 0.84  # one training is enough
+        if trial["setting"] == DRAWS[3]:
+            scores["balance"] = 0.49
         return scores
 
-    found, _ = pretended(cheats)
-    assert found.draws[-1]["setting"] == ae.draw_settings(4, 7)[3]
+    found, _ = pretend(monkeypatch, tmp_path, cheats)
+    assert found.draws[-1]["setting"] == DRAWS[3]
     assert found.verdicts["784-400-20"] == "refused" and found.winner == "default"
-    found, _ = pretended(lambda *_: {"balance": 0.4}, out=tmp_path / "all")
+    found, _ = pretend(monkeypatch, tmp_path, lambda trial: {"balance": 0.4})
     assert "refused" not in found.verdicts.values()  # unless all are
 
 
-def test_an_undecided_setting_does_not_win(pretended):
-    found, _ = pretended(lambda setting, seed, _: {
-        "distance": (0.9, 1.0, 1.6)[seed % 3] if setting == ae.BY_HAND["784-400-20"]
-        else 1.0 if setting == ae.BY_HAND["default"] else 5.0})
-    assert found.verdicts["784-400-20"] == "undecided" and found.winner == "default"
+def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    def train_setting(setting, images, labels, epochs, seed):
+        trained.append(setting)
+        return model_of(setting)
 
+    def judge(model, seen, real, classifier, seed):
+        return SCORES | {"error": real.sum().item(), "distance": 1 + 0.1 * (seed % 5)}
 
-def test_a_search_goes_on_where_it_stopped(pretended, tmp_path):
-    whole, notes = pretended(last_draws_are_best)
-    assert len(notes) == 16
-    damaged, other, missing = [tmp_path / "out" / f"draw {i} seed 7.pt" for i in (1, 2, 3)]
+    def search(images=DIGITS[0], epochs=1):
+        trained.clear()
+        return ae.search(images, DIGITS[1], 4, epochs, repetitions=3, seed=8, out=tmp_path)
+
+    trained = []
+    monkeypatch.setattr(ae, "train_setting", train_setting)
+    monkeypatch.setattr(ae, "judge", judge)
+    monkeypatch.setattr(ae, "train_classifier", lambda images, labels, seed: None)
+    whole = search()
+    assert len(trained) == 16
+    assert whole.draws[0]["error"] == PARTS["choose"][0].sum().item()
+    assert whole.candidates["default"][0]["error"] == PARTS["confirm"][0].sum().item()
+    damaged, missing = [tmp_path / f"draw {number} seed 8.pt" for number in (1, 2)]
     damaged.write_bytes(damaged.read_bytes()[:1000])
     missing.unlink()
-    result = torch.load(other, weights_only=False)
-    torch.save(result | {"setting": result["setting"] | {"lr": 0.5}}, other)
-    again, notes = pretended(last_draws_are_best)
-    assert [setting for setting, *_ in notes] == ae.draw_settings(4, 7)[:3]
-    assert again.verdicts == whole.verdicts and len(list((tmp_path / "out").iterdir())) == 16
-    assert len(pretended(last_draws_are_best, epochs=9)[1]) == 16
-    assert len(pretended(last_draws_are_best, 0.5 * DIGITS[0], epochs=9)[1]) == 16
+    assert search().verdicts == whole.verdicts and trained == DRAWS[:2]
+    for other in ({"epochs": 2}, {"images": 0.5 * DIGITS[0]}):
+        search(**other)
+        assert len(trained) == 16  # results of another search are not used
 
 
 def test_a_setting_is_trained_as_the_test_function_trains(tmp_path, monkeypatch):
@@ -863,8 +670,11 @@ def run(*arguments, **environment):
 
 FEWER_DIGITS = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
-import autoencoder as ae; generate = ae.generate
-ae.generate = lambda model, density, count, seed=0: generate(model, density, min(count, 1000), seed)
+import autoencoder as ae
+generate = ae.generate
+def fewer(model, density, count, seed=0):
+    return generate(model, density, min(count, 1000), seed)
+ae.generate = fewer
 ae.main(sys.argv[1:])
 """
 
@@ -880,29 +690,15 @@ def test_two_processes_under_torchrun_find_what_one_finds(tmp_path):
     assert together.returncode == 0, together.stderr
 
     report = alone.stdout[alone.stdout.index("distance  balance"):]
-    assert report in together.stdout
+    assert together.stdout.count(report) == 1
     assert together.stdout.count(" seed ") == alone.stdout.count(" seed ") == 23  # none twice
     for name in ("best draw", "second draw", "default", "784-400-20", "middle draw"):
         assert len(re.findall(rf"^{name} +\d", report, re.MULTILINE)) == 1
-    tested = [line for line in report.splitlines() if len(re.findall(r"\d ± \d", line)) == 2]
-    assert 2 <= len(tested) <= 3  # the winner and those set by hand
-    assert re.search(r"correlation of distance and error: -?[\d.]+", report)
     assert re.search(r"winner is .*\. To train it: python autoencoder.py --epochs 1 --", report)
-    sheet = Image.open(tmp_path / "together" / "sheet.png")
-    assert sheet.height % 3 == 0 and np.array(sheet)[:, :280].any()
+    assert (tmp_path / "together" / "sheet.png").is_file()
 
 
 # ---- The command line --------------------------------------------------------------------
-
-def call(command, capfd):
-    """Exit status of a command, and the lines that it writes to its two outputs."""
-    status = 0
-    try:
-        ae.main(command.split())
-    except SystemExit as ended:
-        status = ended.code
-    return status, *(text.strip().splitlines() for text in capfd.readouterr())
-
 
 def test_command_runs_without_data_network_and_emoji(tmp_path):
     """It draws digits, and saves both kinds of pictures before it says Success."""
@@ -914,51 +710,31 @@ def test_command_runs_without_data_network_and_emoji(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Drawn digits take its place" in done.stdout
     assert done.stdout.splitlines()[-1] == "Success!?"
-    assert (tmp_path / "pics/generated.png").is_file()
-    assert (tmp_path / "pics/reconstruction_1.png").is_file()
-
-
-def test_checks_are_made_under_python_o(tmp_path):
-    code = (f"import os, sys; sys.path.insert(0, {str(HERE)!r}); os.chdir({str(tmp_path)!r}); "
-            "import autoencoder as ae; digits = ae.draw_digits(100, 0); "
-            "ae.load_data = lambda folder: ae.Data(*digits, *digits, 'digits'); "
-            "ae.main('--encoder-sizes 9 9 9 9'.split())")
-    done = run("-O", "-c", code)
-    assert done.returncode == 1 and "8 layers are trainable" in done.stderr
-    assert "Success" not in done.stdout
+    assert len(os.listdir(tmp_path / "pics")) == 2
 
 
 def test_every_option_arrives(monkeypatch):
+    """Also a setting as a search prints it; and what is not given keeps its default."""
     arrived = []
     for name in ("test_work", "search_command"):
         monkeypatch.setattr(ae, name, lambda **options: arrived.append(options))
-    given = {
-        "data": "d", "pics": "p", "epochs": 2, "seed": 3, "device": "cpu", "lr": 0.01,
-        "encoder_sizes": [40, 50], "decoder_sizes": [60], "loss": "squared", "l1": 0.1,
-        "dropout": 0.2, "refinements": 2}
-    threads = torch.get_num_threads()
-    ae.main(("--data d --pics p --epochs 2 --seed 3 --device cpu --lr 0.01 --l1 0.1 "
-             "--encoder-sizes 40 50 --decoder-sizes 60 --loss squared "
-             "--dropout 0.2 --refinements 2").split())
+    setting = {"lr": 0.01, "encoder_sizes": (40, 50), "decoder_sizes": (), "loss": "squared",
+               "l1": 0.1, "dropout": 0.2, "refinements": 2}
+    options = "--data d --pics p --epochs 2 --seed 3 --device cpu "
+    ae.main((options + ae.as_options(setting)).split())
     ae.main("search --data d --out o --epochs 2 --draws 5 --seed 3".split())
     ae.main([])
     ae.main(["search"])
-    for setting in ae.draw_settings(5, 0):
-        ae.main(ae.as_options(setting).split())
-    torch.set_num_threads(threads)
+    given = {"data": "d", "pics": "p", "epochs": 2, "seed": 3, "device": "cpu"} | setting
+    given |= {"encoder_sizes": [40, 50], "decoder_sizes": []}
     searched = {"data": "d", "out": "o", "epochs": 2, "draws": 5, "seed": 3}
-    assert arrived[:4] == [given, searched, {}, {}]  # what is not given keeps its default
-    understood = [{name: tuple(value) if isinstance(value, list) else value
-                   for name, value in options.items()} for options in arrived[4:]]
-    assert understood == ae.draw_settings(5, 0)  # as a search prints them
+    assert arrived == [given, searched, {}, {}]
 
 
 @pytest.mark.parametrize("command, message", [
     ("--epochs 0", "not from 1"),
     ("--encoder-sizes 900", "900 is not from 1 to 800"),
-    ("--lr -1", "-1 is not from"),
-    ("--l1 nan", "nan is not from"),
-    ("--dropout 2", "2 is not from"),
+    ("--lr nan", "nan is not from"),
     ("search --draws 1", "1 is not from 2"),
     ("--lr 0.1 search", "unrecognized arguments: search"),
     ("search --lr 0.1", "unrecognized arguments: --lr"),
@@ -969,9 +745,11 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch, capfd, com
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS)
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("in the way")
-    ended, out, err = call(command, capfd)
-    assert ended and message in err[-1] and "Traceback" not in "".join(err)
-    assert "Success" not in "".join(out)
+    with pytest.raises(SystemExit) as ended:
+        ae.main(command.split())
+    out, err = capfd.readouterr()
+    assert ended.value.code and message in err.splitlines()[-1]
+    assert "Traceback" not in err and "Success" not in out
 
 
 def test_import_has_no_side_effects(tmp_path):
@@ -1253,9 +1031,6 @@ def whole_search(seed):
         scores = [ae.judge(training["model"], found.seen, last, found.classifier,
                            training["seed"])["distance"] for training in trainings]
         table[row] = {"distance": np.mean(scores)}
-        if len(table) > 1:
-            part = table["winner of the search"]["distance"] / np.mean(scores)
-            table[row]["winner beside it, %"] = 100 * (part - 1)
     real, _ = ae.describe(found.classifier, last)
     other, _ = ae.describe(found.classifier, found.seen)
     table["other real digits"] = {"distance": ae.frechet_distance(other, real)}
@@ -1355,23 +1130,27 @@ def check_effects(settings, distances):
 def check_whole_searches(seeds, results):
     """What the answer states and claims of whole searches."""
     table = over_seeds(results, "whole_searches")
-    beside = "winner beside it, %"
+    beside = "best draw beside it, %"
+    winner, best, hand, default, middle, _ = table.values()
+    for row in hand, default, middle:
+        row[beside] = 100 * (best["distance"] / row["distance"] - 1)
+        low, high = ae.interval(torch.from_numpy(row[beside]))
+        print(f"  best draw beside the next: {row[beside].mean():.0f} ({low:.0f} to {high:.0f}) %")
     check_table("whole_searches", table, {
-        "distance": {"rel": 0.25}, beside: {"abs": 7.5},
-        ("middle random draw", "distance"): {"rel": 0.5},
-        ("middle random draw", beside): {"abs": 20},
-    })
-    for row in list(table)[1:-1]:
-        low, high = ae.interval(torch.tensor(table[row][beside]))
-        print(f"  winner beside {row}: {low:.0f} to {high:.0f} %")
-    by_hand = [table[row][beside] for row in ("784-400-20, by hand", "default, by hand")]
-    assert all(abs(values.mean()) < 15 for values in by_hand), "the winner is as good as these"
-    won = sum((values == 0).sum() for values in by_hand)  # it was itself set by hand
+        "distance": {"rel": 0.25}, beside: {"abs": 15},
+        ("middle random draw", "distance"): {"rel": 0.5}})
+    for row in hand, default:
+        gain = 100 * (winner["distance"] / row["distance"] - 1)
+        low, high = ae.interval(torch.from_numpy(gain))
+        print(f"  winner beside one set by hand: {gain.mean():.0f} ({low:.0f} to {high:.0f}) %")
+        assert abs(gain.mean()) < 10, "the winner is about as good"
+    won = sum((winner["distance"] == row["distance"]).sum() for row in (hand, default))
     print(f"  a setting set by hand won in {won} of {len(seeds)} searches")
-    claim("winner beside the middle draw, %", table["middle random draw"][beside], -70)
+    claim("best draw beside the middle draw, %", middle[beside], -66)
+
     copies = over_seeds(results, "copies")
     gain = 1 - copies["replayed"]["distance"] / copies["generated"]["distance"]
-    claim("replayed training digits are so much nearer", gain, 0.7)
+    claim("replayed training digits are so much nearer", gain, 0.65)
     for row, low, high in [("generated", 0.9, 1.2), ("replayed", 0.0, 0.5)]:
         assert ((low < copies[row]["novelty"]) & (copies[row]["novelty"] < high)).all(), (
             f"the guard tells copies from new digits: {row} {copies[row]['novelty']}")
@@ -1495,8 +1274,8 @@ def sets_of_digits(parts, seed):
         "real, slightly blurred": blurred(other),
         "real, a fifth dimmer": 0.8 * other,
         "real, one in ten glued": one_in_ten,
+        "real, all glued": glued(other),
         "autoencoder's digits": generated,
-        "the same, slightly blurred": blurred(generated),
         "Gaussian on PCA": pca_digits(train_images, 10_000, seed),
         "copies": train_images[:10_000],
         "half of the 4s missing": torch.cat([other[kept], other[kept]])[:10_000],
@@ -1546,7 +1325,6 @@ def autoencoder2(seed):
 
     seen = parts["train"][0][:10_000]
     other, other_labels = sets["other real digits"], sets_labels(parts)
-    all_glued, _ = ae.describe(shapes, glued(other))
     halves = 10 * features["other real digits"]["repaired"]
     few = zip(halves[:5_000].split(500), halves[5_000:].split(500))
 
@@ -1556,7 +1334,6 @@ def autoencoder2(seed):
         "novelty of copies": ae.copy_ratio(default, sets["copies"], real, seen),
         "novelty of the autoencoder's":
             ae.copy_ratio(default, sets["autoencoder's digits"], real, seen),
-        "all glued": ae.frechet_distance(all_glued, 10 * real_features["repaired"]),
         "500 beside 500": np.mean([ae.frechet_distance(*pair) for pair in few]),
         "less right on dimmer digits": share_right(other) - share_right(0.8 * other),
     }
@@ -1568,8 +1345,8 @@ PICTURE = {  # what the rows of the picture are, from its top to its bottom
     "natural and, by some features, unlike the data": [
         "real, moved by one pixel", "real, slightly blurred", "real, a fifth dimmer"],
     "unnatural in part and like the data": ["real, one in ten glued"],
-    "to be judged": ["autoencoder's digits", "the same, slightly blurred"],
-    "unnatural and unlike the data": ["Gaussian on PCA"],
+    "unnatural and unlike the data": ["real, all glued", "Gaussian on PCA"],
+    "to be judged": ["autoencoder's digits"],
 }
 
 
@@ -1602,9 +1379,8 @@ def test_answer_autoencoder2(measure):
     if PICTURES:
         draw_autoencoder2(Path(PICTURES) / "autoencoder2.png", judged)
     # The text compares sets that differ by a factor of two or more, or by 0.08 in "repaired".
-    check_table("judged", judged, {
-        "usual": {"rel": 0.3}, "taught": {"rel": 0.3}, "repaired": {"rel": 0.2, "abs": 0.03}})
-    real, shifted, soft, dim, broken, own, own_soft, pca = judged.values()
+    check_table("judged", judged, {"usual": {"rel": 0.3}, "repaired": {"rel": 0.2, "abs": 0.03}})
+    real, shifted, soft, dim, broken, all_broken, own, pca = judged.values()
 
     def times(row, other, kind="repaired"):  # as a logarithm, so that halves undo doubles
         return np.log(row[kind] / other[kind])
@@ -1617,9 +1393,10 @@ def test_answer_autoencoder2(measure):
     assert abs(np.mean(copies["repaired"] - real["repaired"])) < 0.02, "like real digits"
     claim("the guard sees them", 1 - facts["novelty of copies"], 1)
     assert facts["novelty of the autoencoder's"].min() > 0.85, "but lets others pass"
-    cost = np.mean(broken["repaired"] - real["repaired"])
-    whole = np.mean(facts["all glued"] - real["repaired"])
-    claim("all glued cost so many times one in ten", [whole / cost], 95)
+    moving, part, all_of_it = (np.mean(row["repaired"] - real["repaired"])
+                               for row in (shifted, broken, all_broken))
+    claim("all glued cost so many times one in ten", [all_of_it / part], 91)
+    claim("moving costs so much of it", [moving / all_of_it], 0.44)
 
     for kind in "usual", "taught":
         claim(f"dimmer digits lose, {kind}", times(dim, own, kind), np.log(19))
@@ -1633,11 +1410,9 @@ def test_answer_autoencoder2(measure):
         assert np.mean(times(soft, own, kind)) > np.log(0.8), f"{kind} alone is not enough"
         claim(f"both do better than {kind}", times(soft, own, kind) - times(soft, own), 0.95)
     claim("with both, blurred real digits win", times(own, soft), np.log(2.3))
-    claim("and blur still costs the autoencoder", times(own_soft, own), np.log(1.55))
     for kind in own:
         claim(f"moved digits lose, {kind}", times(shifted, own, kind), np.log(3.8))
     claim("a set without half of the 4s scores worse", times(lone, own), np.log(1.45))
-    assert abs(np.mean(lone["repaired"] - own_soft["repaired"])) < 0.05, "about as a blurred one"
     claim("500 beside 500", facts["500 beside 500"] - real["repaired"], 0.5)
 
 
@@ -1680,7 +1455,7 @@ def test_both_repairs_together_are_the_script_s():
 # left out, and gibberish. Which doubt goes away? The committee is five networks with dropout
 # left on, each asked four times.
 
-WAYS = ["chance", "entropy", "feature density", "disagreement"]
+WAYS = ["chance", "entropy", "feature density", "disagreement, dropout off", "disagreement"]
 
 
 def left_out(seed):
@@ -1813,7 +1588,10 @@ def doubt(probabilities):
 
 
 def ask(networks, x, times=4):
-    """x (n, 196) → Doubt of the networks, dropout left on, each with so many masks."""
+    """x (n, 196) → Doubt of the networks, dropout left on, each with so many masks, or off, if
+    `times` is 0."""
+    if times == 0:
+        return doubt(networks(x).softmax(-1))
     networks.train()
     opinions = torch.cat([networks(x).softmax(-1) for _ in range(times)])
     networks.eval()
@@ -1857,12 +1635,15 @@ def buy_in_rounds(task):
                 scores = torch.rand(len(left))
             elif way == "feature density":
                 scores = feature_surprise(member(five, 0), x, y, pool_x[left])
+            elif way == "entropy":
+                scores = ask(five, pool_x[left]).entropy
             else:
-                scores = getattr(ask(five, pool_x[left]), way)
+                times = 0 if way == "disagreement, dropout off" else 4
+                scores = ask(five, pool_x[left], times).disagreement
             rows = torch.cat([bought[way], left[scores.topk(50).indices]])
             x = torch.cat([task.copies[0], distorted_copies(images[rows], 10)])
             y = torch.cat([task.copies[1], labels[rows].repeat(10)])
-            bought[way], taught[way] = rows, (train_five(x, y, steps=400), x, y)
+            bought[way], taught[way] = rows, (train_five(x, y, steps=300), x, y)
 
     images, labels = task.all_ten
     right = {way: (ask(five, shrunk(images)).mean.argmax(-1) == labels).float().mean().item()
@@ -1890,7 +1671,7 @@ def draw_other1(path):
         put((task.kind == i).nonzero()[:2, 0], 300 + 247 * i, 4)
     draw.text((190, 78), "first 50 labels", "white", font)
     draw.text((684, 78), "last 50 labels", "white", font)
-    for i, way in enumerate(WAYS[1:]):
+    for i, way in enumerate(["entropy", "feature density", "disagreement"]):
         draw.text((4, 174 + 190 * i), way.replace(" ", "\n"), "white", font)
         put(bought[way][0:48:2], 190, 110 + 190 * i)
         put(bought[way][150:198:2], 684, 110 + 190 * i)
@@ -1906,23 +1687,25 @@ def other1(seed):
     """What the tables of Other 1 say of one seed: {table: {row: {column: number}}}.
 
     Networks 196-128-128-11, dropout 0.2, learn ten distorted copies of each image: 1,000
-    steps at first, 400 in each round of labels, 2,500 for students and for the two networks
+    steps at first, 300 in each round of labels, 2,500 for students and for the two networks
     to compare with them. A student learns four widely distorted copies of all images seen.
 
-    other1_rounds   accuracy in %, and what the first and the last 50 of 200 labels went to
+    other1_rounds   accuracy in %, what 200 labels went to, and gibberish in the first and the
+                    last 50
     other1_shift    negative log-likelihood of known digits in % of one network's, each at
                     its best temperature for held-out ones
-    student         coin tosses among the 50 of the pool that it would choose
+    student         what the 50 of the pool are that it would choose
     """
     task = CoinTossTask(seed)
     bought, right = buy_in_rounds(task)
     rounds = {}
     for way, rows in bought.items():
-        rounds[way] = {"accuracy": 100 * right[way]}
-        kinds = task.kind[rows].view(4, 50)
-        for name, kind in [("tosses", 1), ("gibberish", 3)]:
-            first, _, _, last = (kinds == kind).sum(dim=1).tolist()
-            rounds[way] |= {f"{name}, first 50": first, f"{name}, last 50": last}
+        kinds = task.kind[rows]
+        gibberish = (kinds == 3).view(4, 50).sum(dim=1)
+        rounds[way] = {"accuracy": 100 * right[way],
+                       "unseen": (kinds == 2).sum().item(), "tosses": (kinds == 1).sum().item(),
+                       "gibberish, first 50": gibberish[0].item(),
+                       "gibberish, last 50": gibberish[3].item()}
 
     wide = distorted_copies(torch.cat([task.labelled[0], task.stream]), 4, wide=True)
     told = [ask(task.five, wide), ask(task.one, wide, times=20)]
@@ -1942,6 +1725,7 @@ def other1(seed):
         student, student_of_one = students(x)[..., :-1].softmax(-1)
         return {"one network": one,
                 "one network, trained longer": usual,
+                "five networks, dropout off": ask(task.five, x, times=0).mean,
                 "committee": ask(task.five, x).mean,
                 "student of the committee": student,
                 "student of one network": student_of_one,
@@ -1965,7 +1749,9 @@ def other1(seed):
     student = {}
     for name, score in ("entropy", entropy), ("disagreement", entropy * logits[:, -1].sigmoid()):
         kinds = task.kind[score.topk(50).indices]
-        student[name] = {"tosses": (kinds == 1).sum().item()}
+        student[name] = {"tosses": (kinds == 1).sum().item(),
+                         "gibberish": (kinds == 3).sum().item(),
+                         "unseen": (kinds == 2).sum().item()}
     return {"other1_rounds": rounds, "other1_shift": shift, "student": student}
 
 
@@ -1973,8 +1759,7 @@ def test_answer_other1(measure):
     tables = measure(other1)
     rounds, shift, student_buys = tables.values()
     check_table("other1_rounds", rounds, {
-        "accuracy": {"abs": 3.9},
-        "tosses, first 50": {"abs": 5}, "tosses, last 50": {"abs": 8},
+        "accuracy": {"abs": 3.9}, "unseen": {"abs": 20}, "tosses": {"abs": 15},
         "gibberish, first 50": {"abs": 6}, "gibberish, last 50": {"abs": 6}})
     allowed = dict.fromkeys(["clean", "turned", "noise", "blurred", "box"], {"abs": 6})
     allowed["box"] = {"abs": 12}
@@ -1983,9 +1768,10 @@ def test_answer_other1(measure):
     allowed["one network, trained longer", "turned"] = {"abs": 12}  # no sentence draws on it
     check_table("other1_shift", shift, allowed)
 
-    chance, entropy, density, disagreement = rounds.values()
-    longer, committee, student, of_one, labelled = shift.values()
+    chance, entropy, density, dropout_off, disagreement = rounds.values()
+    longer, five, committee, student, of_one, labelled = shift.values()
     one = dict.fromkeys(committee, 100)
+    by_entropy, by_output = student_buys.values()
     taught = ["turned", "noise"]
 
     def more(a, b, *columns):
@@ -1993,32 +1779,31 @@ def test_answer_other1(measure):
 
     for text, values, stated in [
             ("disagreement gains over chance", more(disagreement, chance, "accuracy"), 9.2),
-            ("entropy buys tosses first", more(entropy, disagreement, "tosses, first 50"), 45),
-            ("and at last", more(entropy, disagreement, "tosses, last 50"), 19),
+            ("entropy buys tosses", more(entropy, disagreement, "tosses"), 100),
             ("density still buys gibberish at last",
              more(density, disagreement, "gibberish, last 50"), 10),
             ("the committee gains, turned or noisy", more(one, committee, *taught), 12),
             ("so does its student", more(one, student, *taught), 11),
             ("more than that of one network", more(of_one, student, *taught), 9),
-            ("the student gains most on blurred digits", more(committee, student, "blurred"), 11),
+            ("dropout helps the five on blurred digits", more(five, committee, "blurred"), 8),
+            ("the student gains most there", more(committee, student, "blurred"), 11),
             ("labels on wide copies win where taught", more(student, labelled, *taught), 48),
             ("and lose otherwise", more(labelled, student, "blurred", "box"), 37),
             ("the student loses on clean digits", more(student, committee, "clean"), 12),
             ("where one network trained longer is better", more(student, longer, "clean"), 16),
-            ("its extra output buys fewer tosses",
-             more(student_buys["entropy"], student_buys["disagreement"], "tosses"), 46)]:
+            ("its extra output buys fewer tosses", more(by_entropy, by_output, "tosses"), 46)]:
         claim(text, values, stated)
     for text, values, margin in [
             ("entropy gains little over chance", more(entropy, chance, "accuracy"), 4.5),
             ("the student is level with the committee", more(student, committee, *taught), 3)]:
         assert abs(values.mean()) < margin, f"{text}: {values.mean():.3g}, allowed {margin}"
-    ahead = more(disagreement, density, "accuracy").mean()
-    assert ahead > 0, f"disagreement ends ahead of the density: {ahead:.3g}"
-    no_worse = more(committee, student, "box").mean()
-    assert no_worse > -5, f"behind a box the student is no worse: {no_worse:.3g}"
-    for way in entropy, density:
-        wasted = 2 * more(way, disagreement, "tosses, last 50", "gibberish, last 50")
-        assert wasted.mean() > 0, "disagreement wastes fewer of its last labels"
+    for text, values in [
+            ("disagreement ends ahead of the density", more(disagreement, density, "accuracy")),
+            ("dropout helps it", more(disagreement, dropout_off, "accuracy")),
+            ("by more unseen digits", more(disagreement, dropout_off, "unseen")),
+            ("behind a box the student is no worse", more(committee, student, "box") + 5)]:
+        print(f"  {text}: {mean_and_spread(values)}")
+        assert values.mean() > 0, text
     if PICTURES:
         draw_other1(Path(PICTURES) / "other1.png")
 
@@ -2322,6 +2107,7 @@ def other3(seed):
                          flip takes (median, %), and the flips until fooled (mean)
     robustness_alarm     "attacked": until the wrong class leads by as much as the right one
                          did (median)
+    bits                 -log2 p(x) and -log2 b(x), means over test digits
     attacks              on 25 of the digits, knowing both alarms of a plain network; on one,
                          trying every pixel of the density with a floor
     """
@@ -2345,8 +2131,7 @@ def other3(seed):
                           "flips": mean_flips(fooled[name], victims)}
         usual[name] = before.median()
         if "plain" not in name:
-            bits = -scores[name].gather(1, truth[:, None]).mean().item()
-            decision[name]["bits"] = bits
+            decision[name]["bits"] = -scores[name].gather(1, truth[:, None]).mean().item()
 
     # The alarm:
     shown = {}
@@ -2360,6 +2145,11 @@ def other3(seed):
     p, ratio, _ = alarms("deep density", "deep density", texture)
     noisy = alarms("deep, with noise", "deep, with noise", noisy_texture)
     watching = alarms("plain network", "deep density", texture)[0]
+    bits = {}
+    for name, which, unseen in ("known", truth < 10, 10), ("unseen 1", truth == 1, 1):
+        under_p, content = (alarm[unseen, SCORED:2 * SCORED][which].mean().item()
+                            for alarm in (p, ratio))  # of test digits
+        bits[name] = {"under b": under_p - content, "under p": under_p}
     plain_confidence = unsure(networks(shown["plain network"]))
     alarm = {"deep: p(x)": [p],
              "deep: p(x)/b(x)": [ratio],
@@ -2387,7 +2177,7 @@ def other3(seed):
         "robustness_decision": decision,
         "robustness_alarm": {name: alarm_columns(rows, held_labels, truth)
                              for name, rows in alarm.items()},
-        "attacks": attacks}
+        "bits": bits, "attacks": attacks}
 
 
 def draw_other3(path):
@@ -2449,23 +2239,23 @@ def test_answer_other3(measure):
     knows, pixels = attacks["knows both alarms"], attacks["every pixel tried"]
     for text, values, stated in [
             ("a shallow density takes more flips", shallow["flips"] - deep["flips"], 7.6),
-            ("so does a plain network", plain["flips"] - deep["flips"], 6.8),
-            ("a floor more than doubles them", floor["flips"] - 2 * deep["flips"], 1.9),
+            ("so does a plain network", plain["flips"] - deep["flips"], 7),
+            ("a floor more than doubles them", floor["flips"] - 2 * deep["flips"], 1.6),
             ("one flip takes half of the lead", deep["one flip, %"], 50),
             ("more than in the others", deep["one flip, %"] - shallow["one flip, %"], 35),
-            ("to p(x) unseen 1s are more usual than known digits", 0.5 - p["unseen 1s"], 0.27),
-            ("and a blank image", 0.5 - p["blank"], 0.44),
-            ("the ratio finds 1s", ratio["unseen 1s"] - 0.5, 0.42),
-            ("and a blank image", ratio["blank"] - 0.5, 0.47),
+            ("to p(x) unseen 1s are more usual than known digits", 0.5 - p["unseen 1s"], 0.28),
+            ("and a blank image", 0.5 - p["blank"], 0.47),
+            ("the ratio finds 1s", ratio["unseen 1s"] - 0.5, 0.41),
+            ("and a blank image", ratio["blank"] - 0.5, 0.45),
             ("and other classes better than a network's confidence",
-             ratio["other unseen"] - network["other unseen"], 0.037),
+             ratio["other unseen"] - network["other unseen"], 0.035),
             ("once the decision is repaired, it misses attacks",
-             ratio["attacked"] - noisy_ratio["attacked"], 0.25),
-            ("three alarms do not", three["attacked"] - noisy_ratio["attacked"], 0.2),
-            ("nor p(x) beside a network", pair["attacked"] - network["attacked"], 0.44),
+             ratio["attacked"] - noisy_ratio["attacked"], 0.23),
+            ("three alarms do not", three["attacked"] - noisy_ratio["attacked"], 0.19),
+            ("nor p(x) beside a network", pair["attacked"] - network["attacked"], 0.46),
             ("at a cost on 1s", network["unseen 1s"] - pair["unseen 1s"], 0.04),
-            ("who knows both alarms wins", knows["won"], 0.93),
-            ("for more flips", knows["more flips"], 3)]:
+            ("who knows both alarms wins", knows["won"], 0.91),
+            ("for more flips", knows["more flips"], 3.5)]:
         claim(text, values, stated)
     for text, gap, margin in [
             ("flips, with noise and plain", noise["flips"] - plain["flips"], 2),
