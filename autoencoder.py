@@ -159,8 +159,8 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def load_data(folder: str | Path = "data") -> Data:
-    """MNIST from `folder`, downloaded if need be, or else drawn digits and the reason.
-    Raises OSError if `folder` cannot be made."""
+    """MNIST from `folder`, downloaded if need be. Where it cannot be had, the reason is
+    printed, and digits are drawn instead. Raises OSError if `folder` cannot be made."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     usual_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
@@ -237,6 +237,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer,
     if fast:
         peaks = [PEAK * group["lr"] for group in optimizer.param_groups]
         steps = epochs * math.ceil(len(train_loader) / MERGE)
+        # One step more, since at its end the rate would fall below 0.
         schedule = OneCycleLR(optimizer, peaks, steps + 1, pct_start=WARM_UP,
                               anneal_strategy="linear", cycle_momentum=False)
     if test_loader is not None:
@@ -292,7 +293,7 @@ def fit_density(model: AutoEncoder, images: Tensor, components=100) -> Density:
     model.eval()
     codes = model.encode(images.to(next(model.parameters()))).cpu().double()  # (n, h)
     n, h = codes.shape
-    means = codes[:: max(1, n // components)][:components]  # (k, h), evenly spaced
+    means = codes[:: max(1, n // components)][:components]  # (k, h), for a start
     for _ in range(20):
         cluster = torch.cdist(codes, means).argmin(dim=1)  # (n,)
         counts = cluster.bincount(minlength=len(means)).double()  # (k,)
@@ -524,7 +525,8 @@ def judge(model, seen: Tensor, real: Tensor, classifier, seed=0) -> dict[str, fl
 
 # ---- The search for settings -------------------------------------------------------------
 
-# A setting is Adam's learning rate and arguments of AutoEncoder.
+# A setting is Adam's learning rate and arguments of AutoEncoder. A trial is a setting with a
+# name, a seed, a number of epochs, and the part of the data that judges it.
 BY_HAND = {
     "default": {"lr": 0.001},
     "784-400-20": {"lr": 0.001, "encoder_sizes": (400,), "decoder_sizes": (400,),
@@ -539,7 +541,7 @@ STUDENT_T = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 class Found(NamedTuple):
-    """What a search returns. A training is what `run_trial` gives."""
+    """What a search returns. A training is the result of a trial, see `run_trial`."""
     draws: list[dict]                  # trainings of the random settings, best first
     candidates: dict[str, list[dict]]  # name → its trainings, one for each repetition
     verdicts: dict[str, str]           # name → best, equal, undecided, worse or refused
@@ -624,7 +626,8 @@ def run_trial(trial: dict, parts: dict, classifier: Classifier, out: Path) -> di
 
 
 def run_trials(trials: list[dict], parts: dict, classifier, out: Path) -> list[dict]:
-    """The results of `trials`. The processes of a group share the work, through `out`."""
+    """The results of `trials`. The processes of a group share the work through the folder
+    `out`: each runs its part, and then all load the results of all."""
     if dist.is_initialized():
         for trial in trials[dist.get_rank()::dist.get_world_size()]:
             run_trial(trial, parts, classifier, out)

@@ -9,8 +9,9 @@ function asks, in our words. Then a plain training loop that knows nothing of th
 the class. Then the script's promises, part by part. Then a section for each answer: its
 experiment, which measures, and its test, which claims.
 
-SEEDS=0-19 measures the answers with the seeds that they state, SEEDS=20-24 with others.
-PICTURES=folder draws their pictures.
+The tables of the answers are means over seeds 0 to 19, which SEEDS=0-19 measures. By default
+it is 0-4, and a mean may differ from its table by what each test allows. SEARCHES=0-4 runs
+the whole searches of Autoencoder 1, PICTURES=folder draws the pictures.
 """
 
 import copy
@@ -129,7 +130,8 @@ def test_train_runs_ten_epochs_prints_and_saves_pictures(tmp_path, monkeypatch, 
 
 def test_success_is_the_last_line_below_right_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ae, "load_data", lambda folder: DIGITS)
-    monkeypatch.setattr(ae, "pca_error", lambda a, b, size: len(a) / len(b) / size)
+    monkeypatch.setattr(ae, "pca_error", lambda train_x, test_x, size: {
+        (2000, 500, 20): 0.2}[len(train_x), len(test_x), size])
     model = ae.test_work(pics=tmp_path, epochs=1, lr=0.0005, device="cpu")
     first, *_, errors, _, last = capsys.readouterr().out.splitlines()
     assert "4 batches" in first and "12 times" in first  # it trains by the fast recipe
@@ -221,8 +223,9 @@ def tutorial_recipe(folder, epochs=10):
     """The same task by the book: images loaded one by one, batches of 50, Adam at 0.001."""
     start = time.perf_counter()
     torch.manual_seed(0)
-    loaders = [DataLoader(MNIST(folder, train=part, transform=transforms.ToTensor()),
-                          batch_size=50, shuffle=True) for part in (True, False)]
+    loaders = [
+        DataLoader(MNIST(folder, train=part, download=True, transform=transforms.ToTensor()),
+                   batch_size=50, shuffle=True) for part in (True, False)]
     model = TutorialModel()
     ae.train(model, torch.optim.Adam(model.parameters(), lr=1e-3), *loaders, epochs)
     _, error = ae.evaluate(model, loaders[1])
@@ -535,6 +538,7 @@ def test_random_settings_are_as_described_and_no_two_train_the_same():
             ae.check_limits(model_of(draw))
 
 
+# Above ten values it keeps to the wider interval of ten.
 @pytest.mark.parametrize("count, t", [(2, 12.71), (3, 4.303), (5, 2.776), (99, 2.262)])
 def test_interval_is_its_formula(count, t):
     values = torch.randn(count, generator=torch.Generator().manual_seed(count)).numpy()
@@ -563,12 +567,13 @@ SCORES = {"distance": 1.0, "balance": 0.5, "novelty": 0.85, "error": 0.01}  # ju
 def pretend(monkeypatch, folder, score):
     """A search whose trials take no time: they have SCORES, changed by `score(trial)`. Returns
     what it finds, and the trials."""
+    done = []
+
     def run_trials(trials, parts, classifier, out):
         done.extend(trials)
         return [trial | SCORES | score(trial) | {"model": model_of(trial["setting"])}
                 for trial in trials]
 
-    done = []
     monkeypatch.setattr(ae, "run_trials", run_trials)
     monkeypatch.setattr(ae, "train_classifier", lambda digits, classes, seed: digits)
     found = ae.search(*DIGITS[:2], draws=4, repetitions=3, seed=8, out=folder)
@@ -617,6 +622,8 @@ def test_what_misses_classes_or_copies_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    trained = []
+
     def train_setting(setting, images, labels, epochs, seed):
         trained.append(setting)
         return model_of(setting)
@@ -628,7 +635,6 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
         trained.clear()
         return ae.search(images, DIGITS[1], 4, epochs, repetitions=3, seed=8, out=tmp_path)
 
-    trained = []
     monkeypatch.setattr(ae, "train_setting", train_setting)
     monkeypatch.setattr(ae, "judge", judge)
     monkeypatch.setattr(ae, "train_classifier", lambda images, labels, seed: None)
@@ -839,6 +845,7 @@ def check_table(name, measured, allowed):
     A cell is empty, or begins with the mean: 0.84 ± 0.05. Prints measured beside stated.
     """
     lines = (HERE / "ANSWERS.md").read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")[2]
+    assert lines, f"ANSWERS.md has no table {name}"
     lines = lines.partition("\n\n")[0].replace("*", "").splitlines()  # without bold type
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
     assert [row for row, *_ in rows] == list(measured), f"the rows of {name} differ"
@@ -1081,7 +1088,9 @@ def effects(settings, distances):
     } for setting in settings if setting["loss"] != "absolute"]
     inputs = np.array([list(row.values()) for row in rows], dtype=float)
     slopes, *_ = np.linalg.lstsq(inputs, np.log(distances[~absolute]), rcond=None)
-    return {"absolute error": times} | dict(list(zip(rows[0], np.exp(slopes)))[1:])
+    factors = dict(zip(rows[0], np.exp(slopes)))
+    del factors["constant"]
+    return {"absolute error": times} | factors
 
 
 CHANGES = {  # of the setting 784-400-20, one at a time
@@ -1135,7 +1144,8 @@ def check_whole_searches(seeds, results):
     for row in hand, default, middle:
         row[beside] = 100 * (best["distance"] / row["distance"] - 1)
         low, high = ae.interval(torch.from_numpy(row[beside]))
-        print(f"  best draw beside the next: {row[beside].mean():.0f} ({low:.0f} to {high:.0f}) %")
+        mean = row[beside].mean()
+        print(f"  best draw beside another: {mean:.0f} ({low:.0f} to {high:.0f}) %")
     check_table("whole_searches", table, {
         "distance": {"rel": 0.25}, beside: {"abs": 15},
         ("middle random draw", "distance"): {"rel": 0.5}})
@@ -1282,27 +1292,26 @@ def sets_of_digits(parts, seed):
     }
 
 
-def five_kinds(plain, taught, shapes, images):
+def three_kinds(plain, taught, shapes, images):
     """Images (n, 784) → kind → features (n, 64)."""
     def hidden(network, images):  # in batches, which is three times as fast
         return torch.cat([network.hidden(batch) for batch in images.split(500)])
 
-    usual, raw = hidden(plain, images), hidden(shapes, ae.harden(images))
-    return {"usual": usual, "taught": hidden(taught, images), "threshold": raw,
-            "equal length": F.normalize(usual), "repaired": F.normalize(raw)}
+    return {"usual": hidden(plain, images), "taught": hidden(taught, images),
+            "repaired": F.normalize(hidden(shapes, ae.harden(images)))}
 
 
 def autoencoder2(seed):
-    """Sets of digits whose faults are known, judged in five kinds of features.
+    """Sets of digits whose faults are known, judged in three kinds of features.
 
     Each set has 10,000 digits and is compared with the 10,000 test images. Training images
     are split as in a search: 40,000 train the autoencoder, which is the default after three
     epochs, 10,000 the classifiers, and 10,000 are the other real digits, those moved, and
     so on. All classifiers have the script's layers. They learn the digits as they are
-    (usual, equal length), each digit as it is, dimmed, blurred, and both (taught; two epochs
-    of these instead of six), or hardened digits (threshold, repaired). Features of each kind
-    are multiplied by one number, so that for real digits the mean of their squared length is
-    100, as it is in the script.
+    (usual), each digit as it is, dimmed, blurred, and both (taught; two epochs of these
+    instead of six), or hardened digits (repaired; each vector is scaled to one length). Features
+    of each kind are multiplied by one number, so that for real digits the mean of their
+    squared length is 100, as it is in the script.
     """
     data = ae.load_data(DATA)
     real = data.test_images.flatten(1)
@@ -1316,10 +1325,10 @@ def autoencoder2(seed):
     for model in (default, plain, taught, shapes):
         model.requires_grad_(False)
 
-    real_features = five_kinds(plain, taught, shapes, real)
+    real_features = three_kinds(plain, taught, shapes, real)
     scale = {kind: 10 / features.square().sum(dim=1).mean().sqrt()
              for kind, features in real_features.items()}
-    features = {row: five_kinds(plain, taught, shapes, digits) for row, digits in sets.items()}
+    features = {row: three_kinds(plain, taught, shapes, digits) for row, digits in sets.items()}
     judged = {row: {kind: scale[kind].item() ** 2 * ae.frechet_distance(
         features[row][kind], real_features[kind]) for kind in scale} for row in sets}
 
@@ -1386,17 +1395,17 @@ def test_answer_autoencoder2(measure):
         return np.log(row[kind] / other[kind])
 
     claim("moved digits score worse than one in ten glued", times(shifted, broken), np.log(10))
-    claim("and than the autoencoder's", times(shifted, own), np.log(4.7))
-    claim("with which other real digits compare well", times(own, real), np.log(3))
-    claim("PCA scores worst", times(pca, shifted), np.log(2.75))
+    claim("moved digits score worse than the autoencoder's", times(shifted, own), np.log(4.7))
+    claim("other real digits score better than the autoencoder's", times(own, real), np.log(3))
+    claim("a Gaussian on PCA scores worse than moved digits", times(pca, shifted), np.log(2.75))
     claim("copies score better than the autoencoder's", times(own, copies), np.log(3))
     assert abs(np.mean(copies["repaired"] - real["repaired"])) < 0.02, "like real digits"
-    claim("the guard sees them", 1 - facts["novelty of copies"], 1)
+    claim("the guard sees copies", 1 - facts["novelty of copies"], 1)
     assert facts["novelty of the autoencoder's"].min() > 0.85, "but lets others pass"
     moving, part, all_of_it = (np.mean(row["repaired"] - real["repaired"])
                                for row in (shifted, broken, all_broken))
     claim("all glued cost so many times one in ten", [all_of_it / part], 91)
-    claim("moving costs so much of it", [moving / all_of_it], 0.44)
+    claim("moving costs so much of gluing all", [moving / all_of_it], 0.44)
 
     for kind in "usual", "taught":
         claim(f"dimmer digits lose, {kind}", times(dim, own, kind), np.log(19))
@@ -1406,12 +1415,9 @@ def test_answer_autoencoder2(measure):
         assert least > np.log(0.8), "teaching takes away less than a fifth of the cost"
     as_well = facts["less right on dimmer digits"].mean()
     assert abs(as_well) < 0.01, "the plain classifier reads dimmed digits as well"
-    for kind in "equal length", "threshold":
-        assert np.mean(times(soft, own, kind)) > np.log(0.8), f"{kind} alone is not enough"
-        claim(f"both do better than {kind}", times(soft, own, kind) - times(soft, own), 0.95)
-    claim("with both, blurred real digits win", times(own, soft), np.log(2.3))
-    for kind in own:
-        claim(f"moved digits lose, {kind}", times(shifted, own, kind), np.log(3.8))
+    claim("repaired, blurred real digits beat the autoencoder's", times(own, soft), np.log(2.3))
+    for kind in "usual", "repaired":
+        claim(f"moved digits lose, {kind}", times(shifted, own, kind), np.log(4))
     claim("a set without half of the 4s scores worse", times(lone, own), np.log(1.45))
     claim("500 beside 500", facts["500 beside 500"] - real["repaired"], 0.5)
 
@@ -1440,10 +1446,10 @@ def test_pca_digits_have_the_leading_components_of_the_images():
     assert drawn[20] < 1e-6
 
 
-def test_both_repairs_together_are_the_script_s():
+def test_the_repaired_features_are_the_script_s():
     torch.manual_seed(0)
     images, networks = torch.rand(5, 784), [ae.Classifier() for _ in range(3)]
-    kinds = five_kinds(*networks, images)
+    kinds = three_kinds(*networks, images)
     features, _ = ae.describe(networks[2], images)
     torch.testing.assert_close(10 * kinds["repaired"], features)
 
@@ -1617,33 +1623,38 @@ def feature_surprise(network, images, labels, x):
     return -torch.stack(log_parts).logsumexp(0)
 
 
+def learn_also(task, rows):
+    """→ five new networks that have learned rows of the pool, too, and what they learned."""
+    images, labels = task.pool
+    x = torch.cat([task.copies[0], distorted_copies(images[rows], 10)])
+    y = torch.cat([task.copies[1], labels[rows].repeat(10)])
+    return train_five(x, y, steps=400), x, y
+
+
 def buy_in_rounds(task):
-    """Four times each way buys 50 labels, and five new networks learn these too.
+    """Four times each way buys 50 labels, and five new networks learn these, too.
 
     → {way: (200,) rows of the pool, in order}, {way: accuracy of its committee in the end}
     """
-    images, labels = task.pool
-    pool_x = shrunk(images)
-    bought = {way: torch.empty(0).long() for way in WAYS}
-    taught = {way: (task.five, *task.copies) for way in WAYS}
-    for _ in range(4):
-        for way, (five, x, y) in taught.items():
+    pool_x = shrunk(task.pool[0])
+    bought = {"chance": torch.randperm(len(pool_x))[:200]}
+    taught = {"chance": learn_also(task, bought["chance"])}
+    for way in WAYS[1:]:
+        rows, (five, x, y) = torch.empty(0).long(), (task.five, *task.copies)
+        for _ in range(4):
             left = torch.ones(len(pool_x), dtype=torch.bool)
-            left[bought[way]] = False
+            left[rows] = False
             left = left.nonzero()[:, 0]
-            if way == "chance":
-                scores = torch.rand(len(left))
+            if way == "entropy":
+                scores = ask(five, pool_x[left]).entropy
             elif way == "feature density":
                 scores = feature_surprise(member(five, 0), x, y, pool_x[left])
-            elif way == "entropy":
-                scores = ask(five, pool_x[left]).entropy
             else:
                 times = 0 if way == "disagreement, dropout off" else 4
                 scores = ask(five, pool_x[left], times).disagreement
-            rows = torch.cat([bought[way], left[scores.topk(50).indices]])
-            x = torch.cat([task.copies[0], distorted_copies(images[rows], 10)])
-            y = torch.cat([task.copies[1], labels[rows].repeat(10)])
-            bought[way], taught[way] = rows, (train_five(x, y, steps=300), x, y)
+            rows = torch.cat([rows, left[scores.topk(50).indices]])
+            five, x, y = learn_also(task, rows)
+        bought[way], taught[way] = rows, (five, x, y)
 
     images, labels = task.all_ten
     right = {way: (ask(five, shrunk(images)).mean.argmax(-1) == labels).float().mean().item()
@@ -1687,7 +1698,7 @@ def other1(seed):
     """What the tables of Other 1 say of one seed: {table: {row: {column: number}}}.
 
     Networks 196-128-128-11, dropout 0.2, learn ten distorted copies of each image: 1,000
-    steps at first, 300 in each round of labels, 2,500 for students and for the two networks
+    steps at first, 400 in each round of labels, 2,500 for students and for the two networks
     to compare with them. A student learns four widely distorted copies of all images seen.
 
     other1_rounds   accuracy in %, what 200 labels went to, and gibberish in the first and the
@@ -1768,7 +1779,7 @@ def test_answer_other1(measure):
     allowed["one network, trained longer", "turned"] = {"abs": 12}  # no sentence draws on it
     check_table("other1_shift", shift, allowed)
 
-    chance, entropy, density, dropout_off, disagreement = rounds.values()
+    chance, entropy, density, dropout_off, disagreement = (rounds[way] for way in WAYS)
     longer, five, committee, student, of_one, labelled = shift.values()
     one = dict.fromkeys(committee, 100)
     by_entropy, by_output = student_buys.values()
@@ -1783,27 +1794,33 @@ def test_answer_other1(measure):
             ("density still buys gibberish at last",
              more(density, disagreement, "gibberish, last 50"), 10),
             ("the committee gains, turned or noisy", more(one, committee, *taught), 12),
-            ("so does its student", more(one, student, *taught), 11),
-            ("more than that of one network", more(of_one, student, *taught), 9),
+            ("the student gains, turned or noisy", more(one, student, *taught), 11),
+            ("the student gains more than that of one network",
+             more(of_one, student, *taught), 9),
             ("dropout helps the five on blurred digits", more(five, committee, "blurred"), 8),
-            ("the student gains most there", more(committee, student, "blurred"), 11),
+            ("the student gains more than the committee on blurred digits",
+             more(committee, student, "blurred"), 11),
             ("labels on wide copies win where taught", more(student, labelled, *taught), 48),
-            ("and lose otherwise", more(labelled, student, "blurred", "box"), 37),
+            ("labels on wide copies lose where not taught",
+             more(labelled, student, "blurred", "box"), 37),
             ("the student loses on clean digits", more(student, committee, "clean"), 12),
-            ("where one network trained longer is better", more(student, longer, "clean"), 16),
-            ("its extra output buys fewer tosses", more(by_entropy, by_output, "tosses"), 46)]:
+            ("one network trained longer is better on clean digits",
+             more(student, longer, "clean"), 16),
+            ("the student's extra output buys fewer tosses",
+             more(by_entropy, by_output, "tosses"), 46)]:
         claim(text, values, stated)
     for text, values, margin in [
             ("entropy gains little over chance", more(entropy, chance, "accuracy"), 4.5),
             ("the student is level with the committee", more(student, committee, *taught), 3)]:
         assert abs(values.mean()) < margin, f"{text}: {values.mean():.3g}, allowed {margin}"
-    for text, values in [
-            ("disagreement ends ahead of the density", more(disagreement, density, "accuracy")),
-            ("dropout helps it", more(disagreement, dropout_off, "accuracy")),
-            ("by more unseen digits", more(disagreement, dropout_off, "unseen")),
-            ("behind a box the student is no worse", more(committee, student, "box") + 5)]:
-        print(f"  {text}: {mean_and_spread(values)}")
-        assert values.mean() > 0, text
+    for text, values, least in [
+            ("disagreement ends ahead of the density",
+             more(disagreement, density, "accuracy"), 0),
+            ("dropout helps disagreement", more(disagreement, dropout_off, "accuracy"), 0),
+            ("it buys more unseen digits", more(disagreement, dropout_off, "unseen"), 0),
+            ("behind a box the student is no worse", more(committee, student, "box"), -5)]:
+        print(f"  {text}: {mean_and_spread(values)}, at least {least}")
+        assert values.mean() > least, text
     if PICTURES:
         draw_other1(Path(PICTURES) / "other1.png")
 
@@ -2016,9 +2033,8 @@ def flip_until(goal, images, labels, budget=60, candidates=10):
 
 
 def mean_flips(after, before):
-    """Over the digits that were read rightly: the others are not flipped."""
-    flips = (after != before).sum(1).double()
-    return flips[flips > 0].mean().item()
+    """The mean number of pixels that an attack flipped."""
+    return (after != before).sum(1).double().mean().item()
 
 
 def cost(scores):
@@ -2077,6 +2093,27 @@ def split_mnist(seed):
             (test[scored], data.test_labels[scored]))
 
 
+def decision_row(classifier, digits, truth, victims, true):
+    """How `classifier` reads digits, and what it takes to fool it on the victims, which it reads
+    rightly: a row of the table, and the images that fool it."""
+    lead = lead_of_truth(classifier)
+    before = lead(victims, true)
+    after = lead(flip_until(lead, victims, true, budget=1), true)
+    fooling = flip_until(lead, victims, true)
+    row = {"right, %": percent_right(classifier(digits), truth),
+           "one flip, %": 100 * ((before - after) / before).median().item(),
+           "flips": mean_flips(fooling, victims),
+           "fooled": (lead(fooling, true) <= 0).double().mean().item()}
+    return row, fooling
+
+
+def fool_surely(classifier, fooling, victims, true):
+    """Attack on, until a wrong class leads by as much as the right one did (median)."""
+    lead = lead_of_truth(classifier)
+    usual = lead(victims, true).median()
+    return flip_until(lambda x, y: lead(x, y) + usual, fooling, true)
+
+
 def quiet_goal(classifier, density, held):
     """What an attacker wants who knows two alarms: the lead of the truth at 0, and confidence
     and p(x) no more alarming than for 95 % of the held-out digits.
@@ -2117,62 +2154,54 @@ def other3(seed):
     noisy_texture = in_bits(counted_texture(flipped(images, 0.05), labels))
 
     # The decision:
-    scores = {name: classifier(digits) for name, classifier in classifiers.items()}
-    right = torch.stack([row.argmax(1) == truth for row in scores.values()]).all(0)
+    right = torch.stack([classifier(digits).argmax(1) == truth
+                         for classifier in classifiers.values()]).all(0)
     victims, true = digits[right][:ATTACKED], truth[right][:ATTACKED]
-    decision, fooled, usual = {}, {}, {}
+    decision, fooling = {}, {}
     for name, classifier in classifiers.items():
-        lead = lead_of_truth(classifier)
-        before = lead(victims, true)
-        after = lead(flip_until(lead, victims, true, budget=1), true)
-        fooled[name] = flip_until(lead, victims, true)
-        decision[name] = {"right, %": percent_right(scores[name], truth),
-                          "one flip, %": 100 * ((before - after) / before).median().item(),
-                          "flips": mean_flips(fooled[name], victims)}
-        usual[name] = before.median()
+        decision[name], fooling[name] = decision_row(classifier, digits, truth, victims, true)
         if "plain" not in name:
-            decision[name]["bits"] = -scores[name].gather(1, truth[:, None]).mean().item()
+            bits = -classifier(digits).gather(1, truth[:, None]).mean().item()
+            decision[name]["bits"] = bits
 
     # The alarm:
-    shown = {}
-    for name in "deep density", "deep, with noise", "plain network":
-        lead = lead_of_truth(classifiers[name])
-        sure = flip_until(lambda x, y: lead(x, y) + usual[name], fooled[name], true)
-        shown[name] = torch.cat([held, digits, torch.zeros(1, 784), sure])
-
-    def alarms(name, model, background):
-        return alarms_of(classifiers[model](shown[name]), background(shown[name]))
-    p, ratio, _ = alarms("deep density", "deep density", texture)
-    noisy = alarms("deep, with noise", "deep, with noise", noisy_texture)
-    watching = alarms("plain network", "deep density", texture)[0]
-    bits = {}
-    for name, which, unseen in ("known", truth < 10, 10), ("unseen 1", truth == 1, 1):
-        under_p, content = (alarm[unseen, SCORED:2 * SCORED][which].mean().item()
-                            for alarm in (p, ratio))  # of test digits
-        bits[name] = {"under b": under_p - content, "under p": under_p}
-    plain_confidence = unsure(networks(shown["plain network"]))
+    def shown(name):
+        sure = fool_surely(classifiers[name], fooling[name], victims, true)
+        return torch.cat([held, digits, torch.zeros(1, 784), sure])
+    x = shown("deep density")
+    p, ratio, _ = alarms_of(classifiers["deep density"](x), texture(x))
+    noisy_x = shown("deep, with noise")
+    noisy = alarms_of(classifiers["deep, with noise"](noisy_x), noisy_texture(noisy_x))
+    plain_x = shown("plain network")
+    watching, *_ = alarms_of(classifiers["deep density"](plain_x), texture(plain_x))
+    plain_confidence = unsure(networks(plain_x))
     alarm = {"deep: p(x)": [p],
              "deep: p(x)/b(x)": [ratio],
              "with noise: p(x)/b(x)": [noisy[1]],
              "with noise: any of the three": noisy,
              "plain network: confidence": [plain_confidence],
              "plain network: confidence or p(x)": [plain_confidence, watching]}
+    bits = {}
+    for name, of_kind, hidden in ("known", truth < 10, 10), ("unseen 1", truth == 1, 1):
+        under_p, content = (row[hidden, SCORED:2 * SCORED][of_kind].mean().item()
+                            for row in (p, ratio))  # of test digits
+        bits[name] = {"under b": under_p - content, "under p": under_p}
 
     # Better attacks, on fewer digits:
     few, of_few = victims[:25], true[:25]
     quiet = quiet_goal(classifiers["plain network"], classifiers["deep density"], held)
-    unseen = flip_until(quiet, few, of_few)
-    won = quiet(unseen, of_few) <= 0
+    quiet_x = flip_until(quiet, few, of_few)
+    won = quiet(quiet_x, of_few) <= 0
     floor = lead_of_truth(classifiers["deep, with floor"])
     tried = flip_until(floor, victims[:1], true[:1], candidates=784)
     attacks = {
         "knows both alarms": {
             "won": won.double().mean().item(),
-            "more flips": mean_flips(unseen[won], few[won])
-            - mean_flips(fooled["plain network"][:25][won], few[won])},
+            "more flips": mean_flips(quiet_x[won], few[won])
+            - mean_flips(fooling["plain network"][:25][won], few[won])},
         "every pixel tried": {
             "flips": mean_flips(tried, victims[:1]),
-            "usual flips": mean_flips(fooled["deep, with floor"][:1], victims[:1])}}
+            "usual flips": mean_flips(fooling["deep, with floor"][:1], victims[:1])}}
     return {
         "robustness_decision": decision,
         "robustness_alarm": {name: alarm_columns(rows, held_labels, truth)
@@ -2214,15 +2243,14 @@ def draw_other3(path):
         shares = share_below(alarm, held_labels)
         for k, (_, _, unseen) in enumerate(columns):
             rare = shares[unseen, SCORED + k] > 0.9 and "b(x)" not in text
-            value = f"{sign * alarm[unseen, SCORED + k]:.0f}"
+            value = str(round(sign * alarm[unseen, SCORED + k].item()))
             draw.text((158 + 100 * k, y), value, "orange" if rare else "white", font)
     sheet.save(path)
 
 
 def test_answer_other3(measure):
     tables = measure(other3)
-    decision, alarm, attacks = (tables[name] for name in (
-        "robustness_decision", "robustness_alarm", "attacks"))
+    decision, alarm, bits, attacks = tables.values()
     check_table("robustness_decision", decision, {
         "bits": {"abs": 5}, "right, %": {"abs": 0.6}, "one flip, %": {"abs": 6},
         "flips": {"abs": 1},
@@ -2234,28 +2262,47 @@ def test_answer_other3(measure):
         "unseen 1s": {"abs": 0.02}, "other unseen": {"abs": 0.015}, "blank": {"abs": 0.04},
         "attacked": {"abs": 0.05}})
 
-    shallow, deep, floor, noise, plain, _ = decision.values()
-    p, ratio, noisy_ratio, three, network, pair = alarm.values()
+    shallow, deep = decision["independent pixels"], decision["deep density"]
+    floor, noise = decision["deep, with floor"], decision["deep, with noise"]
+    plain = decision["plain network"]
+    p, ratio = alarm["deep: p(x)"], alarm["deep: p(x)/b(x)"]
+    noisy_ratio, three = alarm["with noise: p(x)/b(x)"], alarm["with noise: any of the three"]
+    network = alarm["plain network: confidence"]
+    pair = alarm["plain network: confidence or p(x)"]
     knows, pixels = attacks["knows both alarms"], attacks["every pixel tried"]
+
+    def content(costs):
+        return costs["under p"] - costs["under b"]
+
     for text, values, stated in [
-            ("a shallow density takes more flips", shallow["flips"] - deep["flips"], 7.6),
-            ("so does a plain network", plain["flips"] - deep["flips"], 7),
-            ("a floor more than doubles them", floor["flips"] - 2 * deep["flips"], 1.6),
-            ("one flip takes half of the lead", deep["one flip, %"], 50),
-            ("more than in the others", deep["one flip, %"] - shallow["one flip, %"], 35),
+            ("a shallow density takes more flips than the deep one",
+             shallow["flips"] - deep["flips"], 7.6),
+            ("a plain network takes more flips than the deep density",
+             plain["flips"] - deep["flips"], 7),
+            ("a floor more than doubles the flips", floor["flips"] - 2 * deep["flips"], 1.6),
+            ("one flip takes half of the deep density's lead, %", deep["one flip, %"], 50),
+            ("one flip takes more of it than in the shallow one, %",
+             deep["one flip, %"] - shallow["one flip, %"], 35),
             ("to p(x) unseen 1s are more usual than known digits", 0.5 - p["unseen 1s"], 0.28),
-            ("and a blank image", 0.5 - p["blank"], 0.47),
-            ("the ratio finds 1s", ratio["unseen 1s"] - 0.5, 0.41),
-            ("and a blank image", ratio["blank"] - 0.5, 0.45),
-            ("and other classes better than a network's confidence",
+            ("to p(x) a blank image is more usual", 0.5 - p["blank"], 0.47),
+            ("the ratio finds unseen 1s", ratio["unseen 1s"] - 0.5, 0.41),
+            ("the ratio finds a blank image", ratio["blank"] - 0.5, 0.45),
+            ("the ratio finds other classes better than confidence",
              ratio["other unseen"] - network["other unseen"], 0.035),
-            ("once the decision is repaired, it misses attacks",
+            ("with noise, the ratio misses attacks",
              ratio["attacked"] - noisy_ratio["attacked"], 0.23),
-            ("three alarms do not", three["attacked"] - noisy_ratio["attacked"], 0.19),
-            ("nor p(x) beside a network", pair["attacked"] - network["attacked"], 0.46),
-            ("at a cost on 1s", network["unseen 1s"] - pair["unseen 1s"], 0.04),
-            ("who knows both alarms wins", knows["won"], 0.91),
-            ("for more flips", knows["more flips"], 3.5)]:
+            ("with noise, three alarms find attacks",
+             three["attacked"] - noisy_ratio["attacked"], 0.19),
+            ("p(x) beside a network's confidence finds attacks",
+             pair["attacked"] - network["attacked"], 0.46),
+            ("p(x) beside confidence costs something on unseen 1s",
+             network["unseen 1s"] - pair["unseen 1s"], 0.04),
+            ("to p(x) an unseen 1 is more usual, bits",
+             bits["known"]["under p"] - bits["unseen 1"]["under p"], 16),
+            ("the ratio finds its content odd, bits",
+             content(bits["unseen 1"]) - content(bits["known"]), 33),
+            ("who knows both alarms wins, share", knows["won"], 0.91),
+            ("who knows both alarms takes more flips", knows["more flips"], 3.5)]:
         claim(text, values, stated)
     for text, gap, margin in [
             ("flips, with noise and plain", noise["flips"] - plain["flips"], 2),
@@ -2263,6 +2310,8 @@ def test_answer_other3(measure):
             ("a network's confidence is blind", network["attacked"] - 0.5, 0.12),
             ("every pixel tried", pixels["flips"] / pixels["usual flips"] - 1, 0.2)]:
         assert abs(np.mean(gap)) < margin, f"level within {margin}: {text}"
+    for name, row in decision.items():
+        assert row["fooled"].mean() > 0.98, f"the attack fools {name}"
     for row in three, pair:
         assert min(np.mean(cell) for cell in row.values()) > 0.84, "they cover all columns"
     if PICTURES:
