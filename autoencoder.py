@@ -4,9 +4,9 @@ each used twice: see AutoEncoder.encode.
     python autoencoder.py           train it, save pictures, check it, print Success!
     python autoencoder.py search    choose its settings by how natural its digits are
 
-The script does things: it trains, generates, judges and searches. Claims about it stand in
-test_autoencoder.py, which measures them. The task comes first, down to its test function.
-Then follow the measures of generated digits, the search, and the command line.
+The script does things: it trains, generates, judges and searches. test_autoencoder.py claims
+things, and measures them. The task comes first, down to its test function. Then follow the
+measures of generated digits, the search, and the command line.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Tests of autoencoder.py, and of what ANSWERS.md measures.
 
-    python -m pytest -k "not answer"    the script alone: less than a minute
+    python -m pytest -k "not answer"    all but the experiments: about a minute
     python -m pytest                    also the tables and claims of the four answers
     python test_autoencoder.py          the tutorial recipe, which the script is compared with
 
@@ -11,7 +11,7 @@ experiment, which measures, and its test, which claims.
 
 The tables of the answers are means over seeds 0 to 19, which SEEDS=0-19 measures. By default
 it is 0-4, and a mean may differ from its table by what each test allows. SEARCHES=0-4 runs
-the whole searches of Autoencoder 1, PICTURES=folder draws the pictures.
+the whole searches of Autoencoder 1, PICTURES=folder draws the pictures of the answers.
 """
 
 import copy
@@ -780,6 +780,8 @@ def seeds_from(name, default):
 
 SEEDS = seeds_from("SEEDS", "0-4")
 PICTURES = os.environ.get("PICTURES")  # the folder for pictures, if they are wanted
+if PICTURES:
+    Path(PICTURES).mkdir(parents=True, exist_ok=True)
 
 
 def start_worker():
@@ -1811,6 +1813,11 @@ def test_answer_other1(measure):
             ("the student's extra output buys fewer tosses",
              more(by_entropy, by_output, "tosses"), 45)]:
         claim(text, values, stated)
+    for score, kinds in student_buys.items():
+        print(f"  the student's {score} would buy:",
+              ", ".join(f"{mean_and_spread(count)} {kind}" for kind, count in kinds.items()))
+    low, high = ae.interval(torch.from_numpy(more(disagreement, density, "accuracy")))
+    print(f"  disagreement ends {low:.1f} to {high:.1f} points ahead of the density")
     level = more(student, committee, *taught).mean()
     assert abs(level) < 3, f"the student is level with the committee: {level:.3g}"
     for text, values, least in [
@@ -1826,9 +1833,9 @@ def test_answer_other1(measure):
         draw_other1(Path(PICTURES) / "other1.png")
 
 
-def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_an_argument():
-    coin_toss, argument = [[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]
-    for opinions, expected in (coin_toss, 0), (argument, math.log(2)):
+def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_a_dispute():
+    coin_toss, dispute = [[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]
+    for opinions, expected in (coin_toss, 0), (dispute, math.log(2)):
         told = doubt(torch.tensor(opinions)[:, None])
         assert told.entropy.item() == pytest.approx(math.log(2))
         assert told.disagreement.item() == pytest.approx(expected)
@@ -2271,6 +2278,8 @@ def test_answer_other3(measure):
     network = alarm["plain network: confidence"]
     pair = alarm["plain network: confidence or p(x)"]
     knows, pixels = attacks["knows both alarms"], attacks["every pixel tried"]
+    print(f"  flips of the density with a floor if every pixel is tried: "
+          f"{mean_and_spread(pixels['flips'])}, else {mean_and_spread(pixels['usual flips'])}")
 
     def content(costs):
         return costs["under p"] - costs["under b"]
