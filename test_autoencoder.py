@@ -1525,6 +1525,10 @@ def member(networks, i):
     return one
 
 
+def train_five(x, y, steps):
+    return fit_stack(NetworkStack(5, 196, outputs=11), F.cross_entropy, x, (y,), steps)
+
+
 class CoinTossTask:
     """One seed's sets (images, labels), no training image in two, and its first networks."""
 
@@ -1558,10 +1562,6 @@ class CoinTossTask:
         self.copies = distorted_copies(images, 10), labels.repeat(10)
         self.five = train_five(*self.copies, steps=1000)
         self.one = member(self.five, 0)
-
-
-def train_five(x, y, steps):
-    return fit_stack(NetworkStack(5, 196, outputs=11), F.cross_entropy, x, (y,), steps)
 
 
 def shifted(images):
