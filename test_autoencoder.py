@@ -1820,7 +1820,7 @@ def test_answer_other1(measure):
             ("disagreement ends ahead of the density",
              more(disagreement, density, "accuracy"), 0),
             ("by unseen digits", more(disagreement, density, "unseen"), 0),
-            ("dropout helps disagreement", more(disagreement, dropout_off, "accuracy"), -1),
+            ("dropout does it no harm", more(disagreement, dropout_off, "accuracy"), -1),
             ("dropout finds unseen digits", more(disagreement, dropout_off, "unseen"), 0),
             ("behind a box the student is no worse", more(committee, student, "box"), -5)]:
         print(f"  {text}: {mean_and_spread(values)}, at least {least}")
