@@ -827,6 +827,7 @@ def measure(under_way, request):
         while wait(jobs, timeout=20).not_done:
             done = sum(job.done() for job in everything)
             print(f"\n  {done} of {len(everything)} experiments done", end="", flush=True)
+        print()
         results = [job.result() for job in jobs]
         return {table: over_seeds(results, table) for table in results[0]}
     return wait_for
