@@ -784,10 +784,6 @@ if PICTURES:
     Path(PICTURES).mkdir(parents=True, exist_ok=True)
 
 
-def start_worker():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def under_way(request, mnist):
     """The experiments of all chosen tests, each with all SEEDS, in one pool of processes."""
@@ -796,7 +792,7 @@ def under_way(request, mnist):
     count = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))  # a container may not use all that there are
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     try:
         yield {run: [pool.submit(run, seed) for seed in SEEDS] for run in experiments}
     finally:  # also after Ctrl-C, when some still run
@@ -813,15 +809,12 @@ def over_seeds(results, table):
 
 
 @pytest.fixture
-def measure(under_way, request):
+def measure(under_way, capfd):
     """Called with an experiment: {table: {row: {column: an array with a value a seed}}}.
 
     What its test prints is seen, and every 20 seconds how many experiments are done.
     """
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-
     def wait_for(experiment):
-        capture.suspend_global_capture()  # until the end of the test
         jobs = under_way[experiment]
         everything = [job for jobs in under_way.values() for job in jobs]
         while wait(jobs, timeout=20).not_done:
@@ -830,7 +823,9 @@ def measure(under_way, request):
         print()
         results = [job.result() for job in jobs]
         return {table: over_seeds(results, table) for table in results[0]}
-    return wait_for
+
+    with capfd.disabled():
+        yield wait_for
 
 
 def mean_and_spread(values):
@@ -854,7 +849,9 @@ def check_table(name, measured, allowed):
     assert [row for row, *_ in rows] == list(measured), f"the rows of {name} differ"
     assert header[1:] == [key for key in allowed if isinstance(key, str)], f"columns of {name}"
     differing = []
-    print(f"\n{name}: measured with {len(SEEDS)} seeds | stated")
+    first_row = next(iter(measured.values()))
+    count = len(next(iter(first_row.values())))
+    print(f"\n{name}: measured with {count} seeds | stated")
     for row, *cells in rows:
         print(f"  {row}")
         for column, cell in zip(header[1:], cells):
@@ -872,12 +869,13 @@ def check_table(name, measured, allowed):
 
 
 def claim(text, values, stated):
-    """A claim of an answer: an effect has the stated sign and at least half its size.
+    """A claim of an answer: an effect has the stated sign, and half to twice the stated size.
 
     `values` holds the effect as it was measured with each seed, `stated` what the answer says.
     """
     print(f"  claim: {text}: {mean_and_spread(values)} | {stated:.3g}")
-    assert np.mean(values) / stated >= 0.5, f"{text}: {np.mean(values):.3g}, stated {stated}"
+    share = np.mean(values) / stated
+    assert 0.5 <= share <= 2, f"{text}: {np.mean(values):.3g}, stated {stated}"
 
 
 def auroc(high, low):
@@ -1127,7 +1125,7 @@ def draw_autoencoder1(path):
 
 
 def check_effects(settings, distances):
-    """What the parameters do, over random settings: by which factors they change the distance."""
+    """By which factors the parameters change the distance, over random settings."""
     measured = effects(settings, distances)
     for name, factor in measured.items():
         print(f"  {name}: the distance times {factor:.2f}")
@@ -1188,8 +1186,7 @@ def check_whole_searches(seeds, results):
 @pytest.mark.skipif("SEARCHES" not in os.environ, reason="half an hour: SEARCHES=0-4")
 def test_answer_autoencoder1_whole_searches(mnist, capfd):
     seeds = seeds_from("SEARCHES", "")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(whole_search, seeds))
     with capfd.disabled():
         check_whole_searches(seeds, results)
@@ -1344,7 +1341,7 @@ def autoencoder2(seed):
         "500 beside 500": np.mean([ae.frechet_distance(*pair) for pair in few]),
         "less right on dimmer digits": share_right(other) - share_right(0.8 * other),
     }
-    return {"judged": judged, "facts": {"": facts}}
+    return {"judged": judged, "facts": {"measured": facts}}
 
 
 PICTURE = {  # what the rows of the picture are, from its top to its bottom
@@ -1381,7 +1378,7 @@ def draw_autoencoder2(path, judged):
 
 def test_answer_autoencoder2(measure):
     tables = measure(autoencoder2)
-    judged, facts = tables["judged"], tables["facts"][""]
+    judged, facts = tables["judged"], tables["facts"]["measured"]
     copies, lone = judged.pop("copies"), judged.pop("half of the 4s missing")
     if PICTURES:
         draw_autoencoder2(Path(PICTURES) / "autoencoder2.png", judged)
@@ -1398,7 +1395,7 @@ def test_answer_autoencoder2(measure):
     claim("a Gaussian on PCA scores worse than moved digits", times(pca, shifted), np.log(2.75))
     claim("copies score better than the autoencoder's", times(own, copies), np.log(3))
     assert abs(np.mean(copies["repaired"] - real["repaired"])) < 0.02, "like real digits"
-    claim("the guard sees copies", 1 - facts["novelty of copies"], 1)
+    assert facts["novelty of copies"].max() < 0.85, "the guard sees copies"
     assert facts["novelty of the autoencoder's"].min() > 0.85, "but lets others pass"
     moving, part, all_of_it = (np.mean(row["repaired"] - real["repaired"])
                                for row in (shifted, broken, all_broken))
@@ -1636,7 +1633,7 @@ def buy_in_rounds(task):
     """
     pool_x = shrunk(task.pool[0])
     bought = {"chance": torch.randperm(len(pool_x))[:200]}
-    taught = {"chance": learn_also(task, bought["chance"])}
+    trained = {"chance": learn_also(task, bought["chance"])}
     for way in WAYS[1:]:
         rows, (five, x, y) = torch.empty(0).long(), (task.five, *task.copies)
         for _ in range(4):
@@ -1652,11 +1649,11 @@ def buy_in_rounds(task):
                 scores = ask(five, pool_x[left], times).disagreement
             rows = torch.cat([rows, left[scores.topk(50).indices]])
             five, x, y = learn_also(task, rows)
-        bought[way], taught[way] = rows, (five, x, y)
+        bought[way], trained[way] = rows, (five, x, y)
 
     images, labels = task.all_ten
     right = {way: (ask(five, shrunk(images)).mean.argmax(-1) == labels).float().mean().item()
-             for way, (five, *_) in taught.items()}
+             for way, (five, *_) in trained.items()}
     return bought, right
 
 
@@ -1783,47 +1780,51 @@ def test_answer_other1(measure):
     longer, five, committee, student, of_one, labelled = shift.values()
     one = dict.fromkeys(committee, 100)
     by_entropy, by_output = student_buys.values()
-    taught = ["turned", "noise"]
+    lessons = ["turned", "noise"]
 
-    def more(a, b, *columns):
+    def difference(a, b, *columns):
         return np.mean([a[column] - b[column] for column in columns], axis=0)
 
     for text, values, stated in [
-            ("disagreement gains over chance", more(disagreement, chance, "accuracy"), 9.8),
-            ("disagreement gains over entropy", more(disagreement, entropy, "accuracy"), 7.6),
-            ("entropy buys tosses", more(entropy, disagreement, "tosses"), 116),
+            ("disagreement gains over chance",
+             difference(disagreement, chance, "accuracy"), 9.8),
+            ("disagreement gains over entropy",
+             difference(disagreement, entropy, "accuracy"), 7.6),
+            ("entropy buys tosses", difference(entropy, disagreement, "tosses"), 116),
             ("density still buys gibberish at last",
-             more(density, disagreement, "gibberish, last 50"), 10),
-            ("the committee gains, turned or noisy", more(one, committee, *taught), 12.5),
-            ("the student gains, turned or noisy", more(one, student, *taught), 11.2),
+             difference(density, disagreement, "gibberish, last 50"), 10),
+            ("the committee gains, turned or noisy", difference(one, committee, *lessons), 12.5),
+            ("the student gains, turned or noisy", difference(one, student, *lessons), 11.2),
             ("the student gains more than that of one network",
-             more(of_one, student, *taught), 8.3),
-            ("dropout helps the five on blurred digits", more(five, committee, "blurred"), 6.9),
+             difference(of_one, student, *lessons), 8.3),
+            ("dropout helps the five on blurred digits",
+             difference(five, committee, "blurred"), 6.9),
             ("the student gains more than the committee on blurred digits",
-             more(committee, student, "blurred"), 9.8),
-            ("labels on wide copies win where taught", more(student, labelled, *taught), 47),
+             difference(committee, student, "blurred"), 9.8),
+            ("labels on wide copies win where taught",
+             difference(student, labelled, *lessons), 47),
             ("labels on wide copies lose where not taught",
-             more(labelled, student, "blurred", "box"), 35),
-            ("the student loses on clean digits", more(student, committee, "clean"), 12),
+             difference(labelled, student, "blurred", "box"), 35),
+            ("the student loses on clean digits", difference(student, committee, "clean"), 12),
             ("one network trained longer is better on clean digits",
-             more(student, longer, "clean"), 16),
+             difference(student, longer, "clean"), 16),
             ("the student's extra output buys fewer tosses",
-             more(by_entropy, by_output, "tosses"), 45)]:
+             difference(by_entropy, by_output, "tosses"), 45)]:
         claim(text, values, stated)
     for score, kinds in student_buys.items():
         print(f"  the student's {score} would buy:",
               ", ".join(f"{mean_and_spread(count)} {kind}" for kind, count in kinds.items()))
-    low, high = ae.interval(torch.from_numpy(more(disagreement, density, "accuracy")))
+    low, high = ae.interval(torch.from_numpy(difference(disagreement, density, "accuracy")))
     print(f"  disagreement ends {low:.1f} to {high:.1f} points ahead of the density")
-    level = more(student, committee, *taught).mean()
+    level = difference(student, committee, *lessons).mean()
     assert abs(level) < 3, f"the student is level with the committee: {level:.3g}"
     for text, values, least in [
             ("disagreement ends ahead of the density",
-             more(disagreement, density, "accuracy"), 0),
-            ("by unseen digits", more(disagreement, density, "unseen"), 0),
-            ("dropout does it no harm", more(disagreement, dropout_off, "accuracy"), -1),
-            ("dropout finds unseen digits", more(disagreement, dropout_off, "unseen"), 0),
-            ("behind a box the student is no worse", more(committee, student, "box"), -5)]:
+             difference(disagreement, density, "accuracy"), 0),
+            ("by unseen digits", difference(disagreement, density, "unseen"), 0),
+            ("dropout does it no harm", difference(disagreement, dropout_off, "accuracy"), -1),
+            ("dropout finds unseen digits", difference(disagreement, dropout_off, "unseen"), 0),
+            ("behind a box the student is no worse", difference(committee, student, "box"), -5)]:
         print(f"  {text}: {mean_and_spread(values)}, at least {least}")
         assert values.mean() > least, text
     if PICTURES:
@@ -1859,6 +1860,7 @@ def test_student_loss_is_least_at_the_mean_and_at_the_share_of_disagreement():
 FITTED = 30_000  # training images to fit to
 SCORED = 2_000   # test images that are read, and as many held-out training images
 ATTACKED = 50    # of the test images, those that are attacked
+ALL_SEEN = 10    # of eleven rows, the one of models that have seen all classes
 
 # The ten nearest pixels of those before a pixel, in a frame of three rows by five columns
 # that ends two columns right of it: row and column in this frame.
@@ -1997,7 +1999,7 @@ def fit_classifiers(images, labels):
         "deep density": in_bits(deep),
         "deep, with floor": in_bits(floored(deep)),
         "deep, with noise": in_bits(noisy),
-        "plain network": lambda x: networks(x)[10],
+        "plain network": lambda x: networks(x)[ALL_SEEN],
         "plain, with noise": lambda x: noisy_network(x)[0]}
 
 
@@ -2080,8 +2082,8 @@ def alarm_columns(alarms, held_labels, truth):
               for digit, row in enumerate(tested[:10])]
     return {"unseen 1s": unseen[1],
             "other unseen": np.mean(unseen[:1] + unseen[2:]),
-            "blank": auroc(blank[10], tested[10]),
-            "attacked": auroc(fooled[10], tested[10])}
+            "blank": auroc(blank[ALL_SEEN], tested[ALL_SEEN]),
+            "attacked": auroc(fooled[ALL_SEEN], tested[ALL_SEEN])}
 
 
 def split_mnist(seed):
@@ -2187,8 +2189,9 @@ def other3(seed):
              "plain network: confidence": [plain_confidence],
              "plain network: confidence or p(x)": [plain_confidence, watching]}
     bits = {}
-    for name, of_kind, hidden in ("known", truth < 10, 10), ("unseen 1", truth == 1, 1):
-        under_p, content = (row[hidden, SCORED:2 * SCORED][of_kind].mean().item()
+    known, ones = torch.ones_like(truth, dtype=torch.bool), truth == 1
+    for name, of_kind, unseen in ("known", known, ALL_SEEN), ("unseen 1", ones, 1):
+        under_p, content = (row[unseen, SCORED:2 * SCORED][of_kind].mean().item()
                             for row in (p, ratio))  # of test digits
         bits[name] = {"under b": under_p - content, "under p": under_p}
 
@@ -2223,11 +2226,11 @@ def draw_other3(path):
               "fools plain": classifiers["plain network"]}
     read = torch.stack([model(digits).argmax(1) == truth for model in models.values()]).all(0)
     three, eight, one, five = (digits[read & (truth == digit)][:1] for digit in (3, 8, 1, 5))
-    columns = [("known", three, 10), ("known", eight, 10), ("unseen 1", one, 1),
-               ("unseen 5", five, 5), ("blank", torch.zeros(1, 784), 10)]
+    columns = [("known", three, ALL_SEEN), ("known", eight, ALL_SEEN), ("unseen 1", one, 1),
+               ("unseen 5", five, 5), ("blank", torch.zeros(1, 784), ALL_SEEN)]
     for name, model in models.items():
         fooled = flip_until(lead_of_truth(model), three, torch.tensor([3]))
-        columns.append((name, fooled, 10))
+        columns.append((name, fooled, ALL_SEEN))
     shown = torch.cat([held, *(image for _, image, _ in columns)])
     texture = in_bits(counted_texture(images, labels))(shown)
     p, ratio, _ = alarms_of(classifiers["deep density"](shown), texture)
