@@ -226,7 +226,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer,
     The loaders give (images, labels), images of shape (batch, 1, height, width) in [0, 1].
     Each epoch prints the average loss per image, in training and on the test images, and
     saves `pics`/reconstruction_<epoch>.png: eight test images above their reconstructions.
-    An L1 penalty counts once a batch, so the two losses then differ by more. If `test_loader` is None, nothing is printed or saved.
+    An L1 penalty counts once a batch, so where batches are joined it weighs less in training.
+    If `test_loader` is None, nothing is printed or saved.
 
     Each batch makes a step at the optimizer's learning rate. If `fast`, batches are joined
     and the rate goes through one cycle, which leaves it near 0. Raises FloatingPointError
