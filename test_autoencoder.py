@@ -1831,6 +1831,12 @@ def test_answer_other1(measure):
         draw_other1(Path(PICTURES) / "other1.png")
 
 
+def test_images_that_do_not_move_are_only_shrunk():
+    images = torch.rand(3, 1, 28, 28)
+    still = torch.tensor([0.0, 1, 1, 0, 0])[:, None].expand(5, 3)
+    torch.testing.assert_close(warped(images, *still), shrunk(images))
+
+
 def test_disagreement_is_nothing_for_a_coin_toss_and_everything_for_a_dispute():
     coin_toss, dispute = [[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]
     for opinions, expected in (coin_toss, 0), (dispute, math.log(2)):
