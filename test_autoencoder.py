@@ -14,6 +14,7 @@ it is 0-4, and a mean may differ from its table by what each test allows. SEARCH
 the whole searches of Autoencoder 1, PICTURES=folder draws the pictures of the answers.
 """
 
+import contextlib
 import copy
 import math
 import multiprocessing
@@ -814,17 +815,17 @@ def measure(under_way, capfd):
 
     What its test prints is seen, and every 20 seconds how many experiments are done.
     """
-    def wait_for(experiment):
-        jobs = under_way[experiment]
-        everything = [job for jobs in under_way.values() for job in jobs]
-        while wait(jobs, timeout=20).not_done:
-            done = sum(job.done() for job in everything)
-            print(f"\n  {done} of {len(everything)} experiments done", end="", flush=True)
-        print()
-        results = [job.result() for job in jobs]
-        return {table: over_seeds(results, table) for table in results[0]}
-
-    with capfd.disabled():
+    with contextlib.ExitStack() as until_the_end:
+        def wait_for(experiment):
+            until_the_end.enter_context(capfd.disabled())  # only works while the test runs
+            jobs = under_way[experiment]
+            everything = [job for jobs in under_way.values() for job in jobs]
+            while wait(jobs, timeout=20).not_done:
+                done = sum(job.done() for job in everything)
+                print(f"\n  {done} of {len(everything)} experiments done", end="", flush=True)
+            print()
+            results = [job.result() for job in jobs]
+            return {table: over_seeds(results, table) for table in results[0]}
         yield wait_for
 
 
