@@ -2241,10 +2241,10 @@ def draw_other3(path):
     shown = torch.cat([held, *(image for _, image, _ in columns)])
     texture = in_bits(counted_texture(images, labels))(shown)
     p, ratio, _ = alarms_of(classifiers["deep density"](shown), texture)
-    sheet = Image.new("RGB", (150 + 100 * len(columns), 220))
+    sheet = Image.new("RGB", (114 + 90 * len(columns), 220))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
     for k, (name, image, _) in enumerate(columns):
-        left = 158 + 100 * k
+        left = 116 + 90 * k
         draw.text((left, 5), name, "white", font)
         sheet.paste(picture(image, 3), (left, 35))
         flips = (image != three).view(28, 28) & ("fools" in name)
@@ -2259,7 +2259,7 @@ def draw_other3(path):
         for k, (_, _, unseen) in enumerate(columns):
             rare = shares[unseen, SCORED + k] > 0.9 and "b(x)" not in text
             value = str(round(sign * alarm[unseen, SCORED + k].item()))
-            draw.text((158 + 100 * k, y), value, "orange" if rare else "white", font)
+            draw.text((116 + 90 * k, y), value, "orange" if rare else "white", font)
     sheet.save(path)
 
 
