@@ -10,7 +10,7 @@ the class. Then the script's promises, part by part. Then a section for each ans
 experiment, which measures, and its test, which claims.
 
 The tables of the answers are means over seeds 0 to 19, which SEEDS=0-19 measures. By default
-it is 0-4, and a mean may differ from its table by what each test allows. SEARCHES=0-4 runs
+it is 0-4, and a mean may differ from its table by what each test allows. SEARCHES=0-9 runs
 the whole searches of Autoencoder 1, PICTURES=folder draws the pictures of the answers.
 """
 
@@ -834,7 +834,7 @@ def mean_and_spread(values):
     return f"{np.mean(values):.3g}{spread}"
 
 
-def check_table(name, measured, allowed):
+def check_table(name, measured, allowed, seeds=SEEDS):
     """The table of ANSWERS.md below `<!-- name -->` states the means that were measured.
 
     measured   row → column → an array with a value for each seed
@@ -850,9 +850,7 @@ def check_table(name, measured, allowed):
     assert [row for row, *_ in rows] == list(measured), f"the rows of {name} differ"
     assert header[1:] == [key for key in allowed if isinstance(key, str)], f"columns of {name}"
     differing = []
-    first_row = next(iter(measured.values()))
-    count = len(next(iter(first_row.values())))
-    print(f"\n{name}: measured with {count} seeds | stated")
+    print(f"\n{name}: measured with {len(seeds)} seeds | stated")
     for row, *cells in rows:
         print(f"  {row}")
         for column, cell in zip(header[1:], cells):
@@ -1130,7 +1128,7 @@ def check_effects(settings, distances):
     measured = effects(settings, distances)
     for name, factor in measured.items():
         print(f"  {name}: the distance times {factor:.2f}")
-    for name, stated in [("absolute error", 30), ("no hidden layers", 2.7)]:
+    for name, stated in [("absolute error", 100), ("no hidden layers", 2.6)]:
         claim(f"logarithm of what {name} does", [np.log(measured[name])], np.log(stated))
     return measured
 
@@ -1138,24 +1136,28 @@ def check_effects(settings, distances):
 def check_whole_searches(seeds, results):
     """What the answer states and claims of whole searches."""
     table = over_seeds(results, "whole_searches")
-    beside = "best draw beside it, %"
-    winner, best, hand, default, middle, _ = table.values()
-    for row in hand, default, middle:
-        row[beside] = 100 * (best["distance"] / row["distance"] - 1)
-        low, high = ae.interval(torch.from_numpy(row[beside]))
-        mean = row[beside].mean()
-        print(f"  best draw beside another: {mean:.0f} ({low:.0f} to {high:.0f}) %")
-    check_table("whole_searches", table, {
-        "distance": {"rel": 0.25}, beside: {"abs": 15},
-        ("middle random draw", "distance"): {"rel": 0.5}})
-    for row in hand, default:
-        gain = 100 * (winner["distance"] / row["distance"] - 1)
+    winner, beside = table["winner of the search"]["distance"], "winner beside it, %"
+    for row in ("784-400-20, by hand", "default, by hand", "middle random draw"):
+        gain = 100 * (winner / table[row]["distance"] - 1)
         low, high = ae.interval(torch.from_numpy(gain))
-        print(f"  winner beside one set by hand: {gain.mean():.0f} ({low:.0f} to {high:.0f}) %")
-        assert abs(gain.mean()) < 10, "the winner is about as good"
-    won = sum((winner["distance"] == row["distance"]).sum() for row in (hand, default))
+        print(f"  winner beside {row}: {gain.mean():.0f} ({low:.0f} to {high:.0f}) %")
+        table[row][beside] = gain
+    by_hand = [table[row]["distance"] for row in ("784-400-20, by hand", "default, by hand")]
+    won = sum((winner == distance).sum() for distance in by_hand)
     print(f"  a setting set by hand won in {won} of {len(seeds)} searches")
-    claim("best draw beside the middle draw, %", middle[beside], -66)
+    claim("winner beside the middle draw, %", table["middle random draw"][beside], -67)
+
+    broken = {row: np.array([sum(distance > 1 for distance in result["trainings"][name].values())
+                             for result in results])
+              for row, name in [("best random draw", "best draw"), ("default, by hand", "default"),
+                                ("784-400-20, by hand", "784-400-20")]}
+    for row, cells in table.items():
+        cells["distance"] = np.array([np.median(cells["distance"])])
+        if row in broken:
+            cells["broken of 50"] = np.array([broken[row].sum()])
+    print(f"  in {(broken['best random draw'] > 0).sum()} searches the best draw broke")
+    check_table("whole_searches", table, {
+        "distance": {"rel": 0.25}, "broken of 50": {"abs": 4}, beside: {"abs": 7.5}}, seeds)
 
     copies = over_seeds(results, "copies")
     gain = 1 - copies["replayed"]["distance"] / copies["generated"]["distance"]
@@ -1177,14 +1179,14 @@ def check_whole_searches(seeds, results):
             distances.append(result["draws"][f"draw {number}"]["distance"])
     measured = check_effects(settings, np.array(distances))
     dropout = 3 * np.log(measured["0.1 more dropout"])
-    claim("logarithm of what dropout of 0.3 does", [dropout], np.log(2.6))
+    claim("logarithm of what dropout of 0.3 does", [dropout], np.log(2))
     black = [distance > 40 for setting, distance in zip(settings, distances)
              if setting["loss"] == "absolute"]
     print(f"  {sum(black)} of {len(black)} settings with the absolute error drew only black")
     assert sum(black) > len(black) / 4, "many do"
 
 
-@pytest.mark.skipif("SEARCHES" not in os.environ, reason="half an hour: SEARCHES=0-4")
+@pytest.mark.skipif("SEARCHES" not in os.environ, reason="an hour: SEARCHES=0-9")
 def test_answer_autoencoder1_whole_searches(mnist, capfd):
     seeds = seeds_from("SEARCHES", "")
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
