@@ -1147,10 +1147,11 @@ def check_whole_searches(seeds, results):
     print(f"  a setting set by hand won in {won} of {len(seeds)} searches")
     claim("winner beside the middle draw, %", table["middle random draw"][beside], -67)
 
-    black = {row: np.array([sum(distance > 40 for distance in result["trainings"][name].values())
-                            for result in results])
-             for row, name in [("best random draw", "best draw"), ("default, by hand", "default"),
-                               ("784-400-20, by hand", "784-400-20")]}
+    black = {}
+    for row, name in [("best random draw", "best draw"), ("default, by hand", "default"),
+                      ("784-400-20, by hand", "784-400-20")]:
+        trainings = [result["trainings"][name].values() for result in results]
+        black[row] = np.array([sum(distance > 40 for distance in each) for each in trainings])
     for row, cells in table.items():
         cells["distance"] = np.array([np.median(cells["distance"])])
         if row in black:
@@ -1165,12 +1166,6 @@ def check_whole_searches(seeds, results):
     for row, low, high in [("generated", 0.9, 1.2), ("replayed", 0.0, 0.5)]:
         assert ((low < copies[row]["novelty"]) & (copies[row]["novelty"] < high)).all(), (
             f"the guard tells copies from new digits: {row} {copies[row]['novelty']}")
-
-    scores = np.array([[list(trainings.values()) for trainings in result["trainings"].values()]
-                       for result in results])  # (searches, 4 candidates, 5 trainings)
-    other = scores.argmin(axis=1) != scores.mean(axis=2).argmin(axis=1)[:, None]
-    print(f"  a single training puts another candidate first in {other.mean():.0%}")
-    assert other.mean() > 0.25, "luck can decide"
 
     settings, distances = [], []
     for seed, result in zip(seeds, results):
