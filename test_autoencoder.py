@@ -911,17 +911,22 @@ def flipped(x, share):
     return (x - (torch.rand_like(x) < share).float()).abs() if share else x
 
 
+def random_layers(count, sizes):
+    """Weights (count, size_in, size_out) after He and biases of 0, for `count` networks."""
+    weights, biases = nn.ParameterList(), nn.ParameterList()
+    for size_in, size_out in zip(sizes, sizes[1:]):
+        weights.append(torch.randn(count, size_in, size_out) * (2 / size_in) ** 0.5)
+        biases.append(torch.zeros(count, 1, size_out))
+    return weights, biases
+
+
 class NetworkStack(nn.Module):
     """`count` separate networks with two hidden layers, ReLU and dropout, run at once."""
 
     def __init__(self, count, inputs, width=128, outputs=10, dropout=0.2):
         super().__init__()
         self.dropout = dropout
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for size_in, size_out in [(inputs, width), (width, width), (width, outputs)]:
-            normal = torch.randn(count, size_in, size_out)
-            self.weights.append(normal * (2 / size_in) ** 0.5)
-            self.biases.append(torch.zeros(count, 1, size_out))
+        self.weights, self.biases = random_layers(count, [inputs, width, width, outputs])
 
     def last_hidden(self, x):
         """Before its ReLU. (count, n, inputs), or (n, inputs) for all → (count, n, width)"""
@@ -996,16 +1001,18 @@ def autoencoder1(seed):
     seen, real = images[train], images[held_out]
     classifier = ae.train_classifier(ae.harden(images[other]), labels[other], seed)
     plain = ae.train_classifier(images[other], labels[other], seed).requires_grad_(False)
+    real_features, _ = ae.describe(classifier, real)
+    real_usual = plain.hidden(real)
 
     drawn = {f"draw {i}": s for i, s in enumerate(ae.draw_settings(6, seed), start=1)}
     scores = {}
     for name, setting in (drawn | ae.BY_HAND).items():
         model = train_on_few(setting, seen, labels[train], epochs=3, seed=seed)
         digits = ae.generate(model, ae.fit_density(model, seen), 5_000, seed)
-        features, real_features = (ae.describe(classifier, x)[0] for x in (digits, real))
+        features, _ = ae.describe(classifier, digits)
         scores[name] = {
             "distance": ae.frechet_distance(features, real_features),
-            "usual": ae.frechet_distance(plain.hidden(digits), plain.hidden(real))}
+            "usual": ae.frechet_distance(plain.hidden(digits), real_usual)}
     return {"scores": scores}
 
 
@@ -1054,8 +1061,8 @@ def whole_search(seed):
     return {
         "whole_searches": table,
         "copies": copies,
-        "draws": {draw["name"]: {"distance": draw["distance"]} for draw in found.draws},
-        "trainings": {name: {i: training["distance"] for i, training in enumerate(trainings)}
+        "draws": [(draw["setting"], draw["distance"]) for draw in found.draws],
+        "trainings": {name: [training["distance"] for training in trainings]
                       for name, trainings in found.candidates.items()},
     }
 
@@ -1150,7 +1157,7 @@ def check_whole_searches(seeds, results):
     black = {}
     for row, name in [("best random draw", "best draw"), ("default, by hand", "default"),
                       ("784-400-20, by hand", "784-400-20")]:
-        trainings = [result["trainings"][name].values() for result in results]
+        trainings = [result["trainings"][name] for result in results]
         black[row] = np.array([sum(distance > 40 for distance in each) for each in trainings])
     for row, cells in table.items():
         cells["distance"] = np.array([np.median(cells["distance"])])
@@ -1167,11 +1174,7 @@ def check_whole_searches(seeds, results):
         assert ((low < copies[row]["novelty"]) & (copies[row]["novelty"] < high)).all(), (
             f"the guard tells copies from new digits: {row} {copies[row]['novelty']}")
 
-    settings, distances = [], []
-    for seed, result in zip(seeds, results):
-        for number, setting in enumerate(ae.draw_settings(20, seed), start=1):
-            settings.append(setting)
-            distances.append(result["draws"][f"draw {number}"]["distance"])
+    settings, distances = zip(*(draw for result in results for draw in result["draws"]))
     measured = check_effects(settings, np.array(distances))
     dropout = 3 * np.log(measured["0.1 more dropout"])
     claim("logarithm of what dropout of 0.3 does", [dropout], np.log(2))
@@ -1267,8 +1270,8 @@ def sets_of_digits(parts, seed):
     density = ae.fit_density(default, train_images[:10_000])
     generated = ae.generate(default, density, 10_000, seed)
 
-    one_in_ten = other.clone()
-    one_in_ten[::10] = glued(other)[::10]
+    all_glued, one_in_ten = glued(other), other.clone()
+    one_in_ten[::10] = all_glued[::10]
     kept = torch.ones(len(other), dtype=torch.bool)
     kept[(sets_labels(parts) == 4).nonzero().flatten()[::2]] = False
     return default, {
@@ -1277,7 +1280,7 @@ def sets_of_digits(parts, seed):
         "real, slightly blurred": blurred(other),
         "real, a fifth dimmer": 0.8 * other,
         "real, one in ten glued": one_in_ten,
-        "real, all glued": glued(other),
+        "real, all glued": all_glued,
         "autoencoder's digits": generated,
         "Gaussian on PCA": pca_digits(train_images, 10_000, seed),
         "copies": train_images[:10_000],
@@ -1326,18 +1329,19 @@ def autoencoder2(seed):
         features[row][kind], real_features[kind]) for kind in scale} for row in sets}
 
     seen = parts["train"][0][:10_000]
-    other, other_labels = sets["other real digits"], sets_labels(parts)
+    other_labels = sets_labels(parts)
     halves = 10 * features["other real digits"]["repaired"]
     few = zip(halves[:5_000].split(500), halves[5_000:].split(500))
 
-    def share_right(images):
-        return (plain(images).argmax(dim=1) == other_labels).double().mean().item()
+    def share_right(row):
+        return (plain(sets[row]).argmax(dim=1) == other_labels).double().mean().item()
     facts = {
         "novelty of copies": ae.copy_ratio(default, sets["copies"], real, seen),
         "novelty of the autoencoder's":
             ae.copy_ratio(default, sets["autoencoder's digits"], real, seen),
         "500 beside 500": np.mean([ae.frechet_distance(*pair) for pair in few]),
-        "less right on dimmer digits": share_right(other) - share_right(0.8 * other),
+        "less right on dimmer digits":
+            share_right("other real digits") - share_right("real, a fifth dimmer"),
     }
     return {"judged": judged, "facts": {"measured": facts}}
 
@@ -1934,11 +1938,7 @@ class MaskedNetworks(nn.Module):
         place, pixel = torch.linspace(100, 700, hidden).long(), torch.arange(784)
         self.masks = [(pixel[:, None] < place).float(), (place[:, None] <= place).float(),
                       (place[:, None] <= pixel).float()]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for size_in, size_out in [(784, hidden), (hidden, hidden), (hidden, 784)]:
-            normal = torch.randn(len(parts), size_in, size_out)
-            self.weights.append(normal * (2 / size_in) ** 0.5)
-            self.biases.append(torch.zeros(len(parts), 1, size_out))
+        self.weights, self.biases = random_layers(len(parts), [784, hidden, hidden, 784])
         self.weights[2].data *= 0.1  # so that it begins near the independent pixels
         self.biases[2].data = independent_pixels(images, parts)(images[:1]).clone()
         self.table = nn.Parameter(torch.zeros(len(parts), 1024))
@@ -2059,11 +2059,15 @@ def unsure(scores):
     return (ranked[..., 1:].logsumexp(-1) - ranked.logsumexp(-1)) / math.log(2)
 
 
+def on_seen_classes(alarm, scores):
+    """An alarm from scores (n, 10), each time without one class, at last with all: (11, n)."""
+    return torch.stack([alarm(scores[:, torch.arange(10) != unseen]) for unseen in range(11)])
+
+
 def alarms_of(scores, background):
     """p(x), p(x)/b(x) and confidence as alarms: three times eleven rows (11, n)."""
-    seen = [scores[:, torch.arange(10) != unseen] for unseen in range(11)]
-    costs = torch.stack([cost(part) for part in seen])
-    return costs, costs + background.T, torch.stack([unsure(part) for part in seen])
+    costs = on_seen_classes(cost, scores)
+    return costs, costs + background.T, on_seen_classes(unsure, scores)
 
 
 def share_below(alarm, held_labels):
@@ -2176,16 +2180,20 @@ def other3(seed):
             decision[name]["bits"] = bits
 
     # The alarm:
-    def shown(name):
-        sure = fool_surely(classifiers[name], fooling[name], victims, true)
-        return torch.cat([held, digits, torch.zeros(1, 784), sure])
-    x = shown("deep density")
-    p, ratio, _ = alarms_of(classifiers["deep density"](x), texture(x))
-    noisy_x = shown("deep, with noise")
-    noisy = alarms_of(classifiers["deep, with noise"](noisy_x), noisy_texture(noisy_x))
-    plain_x = shown("plain network")
-    watching, *_ = alarms_of(classifiers["deep density"](plain_x), texture(plain_x))
-    plain_confidence = unsure(networks(plain_x))
+    deep, noisy_deep = classifiers["deep density"], classifiers["deep, with noise"]
+    common = torch.cat([held, digits, torch.zeros(1, 784)])
+    deep_common = deep(common)
+
+    def attacked(name):
+        return fool_surely(classifiers[name], fooling[name], victims, true)
+    sure = attacked("deep density")
+    p, ratio, _ = alarms_of(torch.cat([deep_common, deep(sure)]),
+                            texture(torch.cat([common, sure])))
+    x = torch.cat([common, attacked("deep, with noise")])
+    noisy = alarms_of(noisy_deep(x), noisy_texture(x))
+    sure = attacked("plain network")
+    watching = on_seen_classes(cost, torch.cat([deep_common, deep(sure)]))
+    plain_confidence = unsure(networks(torch.cat([common, sure])))
     alarm = {"deep: p(x)": [p],
              "deep: p(x)/b(x)": [ratio],
              "with noise: p(x)/b(x)": [noisy[1]],
